@@ -1,0 +1,1 @@
+"""SqueezeLLM's dense-and-sparse quantization for Hugging Face Transformers."""

@@ -1,0 +1,13 @@
+"""The two operations on quantized weights, as torch.library ops in the namespace ``squeezellm_hf``.
+
+``schema`` declares them with their fake kernels, ``reference`` implements them in PyTorch for
+every device, ``autograd`` gives their derivatives, ``native`` loads the compiled kernels, which
+torch's dispatcher then prefers on their device.
+"""
+
+from squeezellm_hf.ops import autograd, native, reference, schema  # noqa: F401  (register the ops)
+from squeezellm_hf.ops.functional import lut_dequantize, lut_linear
+
+native.load()
+
+__all__ = ["lut_dequantize", "lut_linear"]

@@ -1,0 +1,68 @@
+"""Typed entry points of the ops."""
+
+import torch
+from torch import Tensor
+
+
+def lut_linear(
+    x: Tensor,
+    qweight: Tensor,
+    lookup_table: Tensor,
+    *,
+    bits: int,
+    crow_indices: Tensor | None = None,
+    col_indices: Tensor | None = None,
+    values: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias for a dense-and-sparse quantized W (SqueezeLLM, section 4.2).
+
+    W[o, i] = lookup_table[o, index(o, i)] + sparse[o, i]; accumulated in fp32.
+
+    Args:
+        x: [..., in_features], fp32, bf16 or fp16.
+        qweight: int32 [out_features, ceil(in_features * bits / 32)], packed indices
+            (:mod:`squeezellm_hf.formats.packing`).
+        lookup_table: fp16, bf16 or fp32 [out_features, 2**bits].
+        bits: width of an index, 1 to 8.
+        crow_indices: int32 [out_features + 1], row pointers of the sparse part, or None.
+        col_indices: int16 holding uint16 (int32 if in_features > 65536) [nnz], or None.
+        values: [nnz], dtype of ``lookup_table``, or None.
+        bias: [out_features], any floating-point dtype, or None.
+
+    Returns:
+        [..., out_features] in the dtype of ``x``.
+
+    Raises:
+        ValueError or RuntimeError: if a shape, dtype or device does not fit.
+    """
+    return torch.ops.squeezellm_hf.lut_linear(
+        x, qweight, lookup_table, crow_indices, col_indices, values, bias, bits
+    )
+
+
+def lut_dequantize(
+    qweight: Tensor,
+    lookup_table: Tensor,
+    *,
+    bits: int,
+    in_features: int,
+    crow_indices: Tensor | None = None,
+    col_indices: Tensor | None = None,
+    values: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weight that the quantized tensors stand for.
+
+    Args: as for :func:`lut_linear`; ``dtype`` defaults to that of ``lookup_table``.
+
+    Returns:
+        [out_features, in_features] in ``dtype``; dense and sparse part are added in fp32.
+
+    Raises:
+        ValueError or RuntimeError: if a shape, dtype or device does not fit.
+    """
+    return torch.ops.squeezellm_hf.lut_dequantize(
+        qweight, lookup_table, crow_indices, col_indices, values, bits, in_features,
+        lookup_table.dtype if dtype is None else dtype,
+    )  # fmt: skip

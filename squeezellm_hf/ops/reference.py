@@ -1,0 +1,90 @@
+"""The ops in plain PyTorch, on every device: what all kernels are held against.
+
+Accumulates in fp32 and rounds once, to the dtype of the result.
+"""
+
+import torch
+from torch import Tensor
+
+from squeezellm_hf.formats import csr, packing
+from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR
+
+
+def _check(
+    qweight: Tensor,
+    lookup_table: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
+    values: Tensor | None,
+    bits: int,
+    in_features: int,
+) -> None:
+    packing.check_bits(bits)
+    packing.check_qweight(qweight, bits, in_features)
+    out_features = qweight.shape[0]
+    if lookup_table.shape != (out_features, 2**bits) or not lookup_table.is_floating_point():
+        raise ValueError(
+            f"lookup_table must be a floating-point tensor [{out_features}, {2**bits}] "
+            f"for bits={bits}, got {lookup_table.dtype} {list(lookup_table.shape)}"
+        )
+    sparse = (crow_indices, col_indices, values)
+    if any(t is None for t in sparse) and not all(t is None for t in sparse):
+        raise ValueError("crow_indices, col_indices and values must be given together or not at all")
+    if crow_indices is not None and col_indices is not None and values is not None:
+        csr.check_csr(
+            crow_indices, col_indices, values, out_features=out_features, in_features=in_features
+        )
+
+
+def dequantize_fp32(
+    qweight: Tensor,
+    lookup_table: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
+    values: Tensor | None,
+    bits: int,
+    in_features: int,
+) -> Tensor:
+    """W[o, i] = lookup_table[o, index[o, i]] + sparse[o, i], in fp32 [out_features, in_features]."""
+    indices = packing.unpack(qweight, bits, in_features).to(torch.int64)
+    weight = lookup_table.float().gather(1, indices)
+    if crow_indices is not None and col_indices is not None and values is not None:
+        rows = csr.row_indices(crow_indices, values.numel())
+        weight[rows, csr.decode_columns(col_indices)] += values.float()
+    return weight
+
+
+@torch.library.impl(LUT_DEQUANTIZE, "CompositeExplicitAutograd")
+def lut_dequantize(
+    qweight: Tensor,
+    lookup_table: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
+    values: Tensor | None,
+    bits: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`squeezellm_hf.ops.lut_dequantize`."""
+    sparse = (crow_indices, col_indices, values)
+    _check(qweight, lookup_table, *sparse, bits, in_features)
+    return dequantize_fp32(qweight, lookup_table, *sparse, bits, in_features).to(dtype)
+
+
+@torch.library.impl(LUT_LINEAR, "CompositeExplicitAutograd")
+def lut_linear(
+    x: Tensor,
+    qweight: Tensor,
+    lookup_table: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
+    values: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """See :func:`squeezellm_hf.ops.lut_linear`."""
+    sparse = (crow_indices, col_indices, values)
+    _check(qweight, lookup_table, *sparse, bits, x.shape[-1])
+    weight = dequantize_fp32(qweight, lookup_table, *sparse, bits, x.shape[-1])
+    bias = None if bias is None else bias.float()
+    return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)

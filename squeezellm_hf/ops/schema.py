@@ -1,0 +1,48 @@
+"""Schemas and fake kernels of the ops. Backends only implement what is declared here."""
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "squeezellm_hf"
+
+LUT_LINEAR = f"{NAMESPACE}::lut_linear"
+LUT_DEQUANTIZE = f"{NAMESPACE}::lut_dequantize"
+
+torch.library.define(
+    LUT_LINEAR,
+    "(Tensor x, Tensor qweight, Tensor lookup_table, Tensor? crow_indices, Tensor? col_indices, "
+    "Tensor? values, Tensor? bias, int bits) -> Tensor",
+)
+torch.library.define(
+    LUT_DEQUANTIZE,
+    "(Tensor qweight, Tensor lookup_table, Tensor? crow_indices, Tensor? col_indices, "
+    "Tensor? values, int bits, int in_features, ScalarType dtype) -> Tensor",
+)
+
+
+@torch.library.register_fake(LUT_LINEAR)
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    lookup_table: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
+    values: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@torch.library.register_fake(LUT_DEQUANTIZE)
+def _(
+    qweight: Tensor,
+    lookup_table: Tensor,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
+    values: Tensor | None,
+    bits: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return lookup_table.new_empty(qweight.shape[0], in_features, dtype=dtype)
