@@ -1,0 +1,1 @@
+"""Calibration data, and the statistics taken from it."""
