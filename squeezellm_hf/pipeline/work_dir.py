@@ -1,0 +1,108 @@
+"""What a run has finished, on disk, so that a killed run goes on where it was.
+
+Every file is named by a hash of all that it depends on (weights, token ids, parameters): a run
+with another model, other data or other bits never picks up a wrong one, and one that differs in
+the bits alone finds the Fisher information ready.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# Fisher sums are written at most so often, and only where writing takes a small part of the time.
+SECONDS_BETWEEN_WRITES = 60.0
+WRITE_SHARE = 0.05
+SAMPLED_VALUES = 4096
+
+
+def fingerprint(model: nn.Module, sequences: Tensor | None) -> str:
+    """A hash of a sample of all weights of ``model`` and of all token ids."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)].float().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    if sequences is not None:
+        digest.update(sequences.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class WorkDir:
+    """Fisher sums and finished layers of the runs that share a directory.
+
+    Args:
+        path: created if it does not exist.
+        run: :func:`fingerprint` of the model and the data.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], run: str) -> None:
+        self.path = Path(path)
+        self.run = run
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._last_write = time.monotonic()
+        self._write_seconds = 0.0
+
+    @property
+    def _fisher_path(self) -> Path:
+        return self.path / f"fisher-{self.run[:16]}.safetensors"
+
+    def _layer_path(self, name: str, parameters: Any) -> Path:
+        key = hashlib.sha256(f"{self.run} {name} {parameters}".encode()).hexdigest()[:16]
+        return self.path / f"layer-{name}-{key}.safetensors"
+
+    def load_fisher(self, devices: Mapping[str, torch.device]) -> tuple[dict[str, Tensor] | None, int]:
+        """The Fisher sums on ``devices`` and the number of sequences in them; (None, 0) if none."""
+        path = self._fisher_path
+        if not path.exists():
+            return None, 0
+        try:
+            with safe_open(path, framework="pt") as file:
+                count = int((file.metadata() or {})["sequences"])
+                return {name: file.get_tensor(name).to(d) for name, d in devices.items()}, count
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a Fisher sum of this run; delete it: {error}") from error
+
+    def save_fisher(self, fisher: Mapping[str, Tensor], sequences: int, *, final: bool) -> None:
+        """Write the sums, unless it is too early for another write and they are not ``final``."""
+        elapsed = time.monotonic() - self._last_write
+        pause = max(SECONDS_BETWEEN_WRITES, self._write_seconds / WRITE_SHARE)
+        if not final and elapsed < pause:
+            return
+        start = time.monotonic()
+        self._write(self._fisher_path, fisher, {"sequences": str(sequences)})
+        self._last_write = time.monotonic()
+        self._write_seconds = self._last_write - start
+
+    def load_layer(self, name: str, parameters: Any) -> dict[str, Tensor] | None:
+        """The quantized tensors of a layer, or None if it is not finished."""
+        path = self._layer_path(name, parameters)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged; delete it to redo this layer: {error}") from error
+
+    def save_layer(self, name: str, parameters: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Write the quantized tensors of a finished layer."""
+        self._write(self._layer_path(name, parameters), tensors, None)
+
+    def _write(
+        self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None
+    ) -> None:
+        """A kill in the middle leaves the old file: written beside it, flushed, renamed over it."""
+        temporary = path.with_suffix(".tmp")
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
