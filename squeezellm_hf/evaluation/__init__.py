@@ -1,0 +1,1 @@
+"""What quantization costs and saves: perplexity, divergence from the original, size, speed."""
