@@ -141,7 +141,7 @@ def describe(dataset: Dataset | None) -> str | None:
     if not isinstance(dataset, (Tensor, list, tuple)):
         return type(dataset).__name__
     kind, parts = ("texts", [str(text).encode() for text in dataset])
-    if _is_token_ids(dataset):
+    if is_token_ids(dataset):
         kind, parts = "token ids", [row.numpy().tobytes() for row in _id_rows(dataset)]
     hashed = hashlib.sha256()
     for part in parts:
@@ -154,7 +154,7 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not an integer >= 1")
 
 
-def _is_token_ids(dataset: Any) -> bool:
+def is_token_ids(dataset: Any) -> bool:
     if isinstance(dataset, Tensor):
         return True
     first = dataset[0] if isinstance(dataset, (list, tuple)) and dataset else None
@@ -171,7 +171,7 @@ def _token_rows(
     config: str | None,
 ) -> list[Tensor]:
     """Read at least `max_tokens` tokens, or all there are, as int64 rows of 1 dimension."""
-    if _is_token_ids(dataset):
+    if is_token_ids(dataset):
         return _id_rows(dataset)
     texts = documents(dataset, split=split, text_column=text_column, config=config)
     if tokenizer is None:

@@ -104,6 +104,12 @@ class SqueezeLLMLinear(nn.Module):
         """Number of sparse values."""
         return 0 if self.values is None else self.values.numel()
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors that stand for the weight: indices, tables, sparse part."""
+        tensors = (self.qweight, self.lookup_table, *(getattr(self, name) for name in SPARSE))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features], in the dtype of x."""
         return lut_linear(

@@ -1,0 +1,93 @@
+"""The model card of a quantized model."""
+
+import os
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from squeezellm_hf.integration.config import SqueezeLLMConfig
+from squeezellm_hf.nn import SqueezeLLMLinear
+
+_BODY = """
+# {title}
+
+{original} quantized with [SqueezeLLM](https://arxiv.org/abs/2306.07629): every weight of the
+linear layers is an index into a table of its row, chosen by sensitivity-weighted k-means; the few
+outliers and most sensitive weights are kept at 16 bits in a sparse matrix.
+
+| | |
+|---|---|
+| Bits per quantized weight | {bits_per_weight:.2f} (indices, tables and sparse part together) |
+| Width of an index | {widths} |
+| Sparse part | {sparse:.2%} of the quantized weights |
+| Quantized | {weights:,} weights in {layers} linear layers |
+| Size of all tensors | {megabytes:,.0f} MB |
+| Calibration data | {data} |
+| Made with | {versions} |
+
+## Use
+
+```bash
+pip install squeezellm-hf
+```
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="{repository}")
+print(generate("The capital of France is", max_new_tokens=20)[0]["generated_text"])
+```
+
+Nothing else needs to be imported: the installed package registers itself with Transformers.
+"""
+
+
+def model_card(model: Any, repository: str) -> ModelCard:
+    """A card that states bits per weight, method, calibration data and how to load.
+
+    Args:
+        model: quantized, with its ``SqueezeLLMConfig`` in ``model.config.quantization_config``.
+        repository: the id that the card tells users to load.
+    """
+    config: SqueezeLLMConfig = model.config.quantization_config
+    layers = [module for module in model.modules() if isinstance(module, SqueezeLLMLinear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    original = _original(model)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation" if model.can_generate() else None,
+        base_model=original,
+        base_model_relation="quantized" if original else None,
+        tags=["squeezellm", "quantized"],
+    )
+    body = _BODY.format(
+        title=repository.rpartition("/")[2],
+        repository=repository,
+        original=f"[{original}](https://huggingface.co/{original})" if original else "A model",
+        bits_per_weight=8 * sum(layer.weight_bytes for layer in layers) / weights,
+        widths=", ".join(f"{bits} bits" for bits in sorted({layer.bits for layer in layers})),
+        sparse=sum(layer.nnz for layer in layers) / weights,
+        weights=weights,
+        layers=len(layers),
+        megabytes=model.get_memory_footprint() / 1e6,
+        data=_calibration(config),
+        versions=", ".join(f"{name} {v}" for name, v in (config.versions or {}).items()),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+
+
+def _calibration(config: SqueezeLLMConfig) -> str:
+    described = config.to_dict()["dataset"]
+    if described is None:
+        return "none; all weights count the same"
+    return (
+        f"{described}, {config.n_samples} sequences of {config.sequence_length} tokens, "
+        f"seed {config.seed}"
+    )
+
+
+def _original(model: Any) -> str | None:
+    """The Hub id that the model came from, if it came from the Hub; never a local path."""
+    name = str(getattr(model.config, "name_or_path", "") or "")
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return name if is_id and not os.path.exists(name) else None

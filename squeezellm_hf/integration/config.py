@@ -1,0 +1,214 @@
+"""``SqueezeLLMConfig``: what a user asks for, and what a checkpoint's config.json records."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from squeezellm_hf.calibration import datasets
+from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
+from squeezellm_hf.pipeline import plan
+
+QUANT_METHOD = "squeezellm"
+SCHEMA_VERSION = 1
+
+# Fields of the run, not of the result: never written to a checkpoint.
+RUN_FIELDS = ("tokenizer", "work_dir", "dequantize")
+TABLE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """What it takes to build a quantized layer before its tensors are read.
+
+    Attributes:
+        bits: width of a table index.
+        nnz: number of sparse values.
+        table_dtype: "float16" or "bfloat16".
+    """
+
+    bits: int
+    nnz: int = 0
+    table_dtype: str = "float16"
+
+    @classmethod
+    def from_dict(cls, name: str, record: Any) -> "ModuleRecord":
+        """Raise ValueError, naming the module, unless ``record`` is a sound JSON object."""
+        where = f"quantization_config.modules[{name!r}]"
+        if not isinstance(record, Mapping) or not set(record) <= {"bits", "nnz", "table_dtype"}:
+            raise ValueError(
+                f"{where} must be an object with bits, nnz and table_dtype, got {record!r}"
+            )
+        known = cls(**{"bits": 0, **record})
+        for key, low, high in (("bits", 1, 8), ("nnz", 0, 2**31 - 1)):
+            value = getattr(known, key)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(
+                    f"{where}.{key} must be an integer from {low} to {high}, got {value!r}"
+                )
+        if known.table_dtype not in TABLE_DTYPES:
+            raise ValueError(
+                f"{where}.table_dtype must be one of {', '.join(TABLE_DTYPES)}, "
+                f"got {known.table_dtype!r}"
+            )
+        return known
+
+
+@dataclass
+class SqueezeLLMConfig(QuantizationConfigMixin):
+    """Quantize a model with SqueezeLLM (arXiv 2306.07629), while it is loaded or in memory.
+
+    Every linear layer of the blocks becomes a table of 2**bits values per output row, one index
+    per weight, and a sparse matrix of the few weights that the loss is most sensitive to or that
+    are largest. Embeddings, norms and the output head stay as they are.
+
+    Args:
+        bits: Width of an index, 1 to 8; 4 loses little, 3 and 2 more.
+        outlier_fraction: Part of each weight matrix that is kept at 16 bits for its magnitude
+            (section 4.2; the paper's 0.45 % together with the next). Costs 32 bits a value.
+        sensitive_fraction: Part that is kept at 16 bits for its sensitivity (0.05 % in the
+            paper). Both 0: dense only.
+        solver: "lloyd", or "exact" for the optimal table of every row (slower).
+        modules_to_not_convert: More modules that stay as they are, beside the output head. A
+            pattern names whole components of a module's dotted name ("mlp", "layers.0"), or is a
+            regular expression after "re:", matched from the beginning of the name.
+        overrides: Other options for some modules, by such patterns; the first that fits counts:
+            {"re:.*down_proj": {"bits": 4}, "layers.0": {"skip": True}}.
+        dataset: Calibration data: "builtin" (Python's help texts, no network), "wikitext2",
+            "c4", a Hub data set ("id" or "id:config"), a local .txt, .jsonl or .parquet file, a
+            list of strings, or token ids [n, length]. None: no calibration, all weights count the
+            same.
+        dataset_split: Split of the data set.
+        text_column: Column that holds the text; found by itself where there is only one.
+        n_samples: Number of calibration sequences (100 in the paper; 10 suffice in its ablation).
+        sequence_length: Tokens per sequence (512 in the paper).
+        seed: Chooses the sequences.
+        tokenizer: Tokenizer, or the name of one. Default: the one that lies with the model.
+        work_dir: Directory that keeps finished work, so that a killed run goes on where it was.
+            Needs 4 bytes a weight there.
+        dequantize: On loading a quantized checkpoint: give back a plain model instead.
+    """
+
+    quant_method: str = field(default=QUANT_METHOD, init=False)
+    bits: int = 4
+    outlier_fraction: float = 0.004
+    sensitive_fraction: float = 0.0005
+    solver: str = "lloyd"
+    modules_to_not_convert: list[str] | None = None
+    overrides: dict[str, dict[str, Any]] | None = None
+    dataset: Any = "builtin"
+    dataset_split: str = "train"
+    text_column: str | None = None
+    n_samples: int = 100
+    sequence_length: int = 512
+    seed: int = 0
+    tokenizer: Any = None
+    work_dir: str | None = None
+    dequantize: bool = False
+    schema_version: int = field(default=SCHEMA_VERSION, init=False)
+    modules: dict[str, dict[str, Any]] | None = field(default=None, init=False)
+    versions: dict[str, str] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        # Transformers reads __dict__, where a default that no argument can change is not.
+        for item in dataclasses.fields(self):
+            if not item.init:
+                setattr(self, item.name, item.default)
+        self.check()
+
+    @property
+    def parameters(self) -> SqueezeLLMParameters:
+        """The method's parameters of a layer that no override fits."""
+        return SqueezeLLMParameters(
+            bits=self.bits,
+            outlier_fraction=self.outlier_fraction,
+            sensitive_fraction=self.sensitive_fraction,
+            solver=self.solver,  # type: ignore[arg-type]
+        )
+
+    @property
+    def records(self) -> dict[str, ModuleRecord]:
+        """The quantized modules of a checkpoint by name; empty before quantization."""
+        return {name: ModuleRecord.from_dict(name, r) for name, r in (self.modules or {}).items()}
+
+    def check(self) -> None:
+        """Raise ValueError naming the field, its value and what is allowed."""
+        defaults = self.parameters
+        for name in ("n_samples", "sequence_length"):
+            _check_integer(name, getattr(self, name), low=1)
+        _check_integer("seed", self.seed, low=0)
+        if not isinstance(self.dequantize, bool):
+            raise ValueError(f"dequantize must be true or false, got {self.dequantize!r}")
+        for name, optional in (("dataset_split", False), ("text_column", True)):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (optional and value is None):
+                raise ValueError(f"{name} must be a string, got {value!r}")
+        if self.modules_to_not_convert is not None:
+            if not isinstance(self.modules_to_not_convert, (list, tuple)):
+                raise ValueError(
+                    "modules_to_not_convert must be a list of patterns, "
+                    f"got {self.modules_to_not_convert!r}"
+                )
+            plan.check_patterns("modules_to_not_convert", self.modules_to_not_convert)
+        if self.overrides is not None:
+            plan.check_overrides(self.overrides, defaults)
+        if self.modules is not None and not isinstance(self.modules, Mapping):
+            raise ValueError(f"modules must be an object, got {self.modules!r}")
+        _ = self.records
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Read the ``quantization_config`` of a config.json.
+
+        Raises:
+            ValueError: for a newer ``schema_version``, an unknown field, or a wrong value.
+        """
+        given = dict(config_dict)
+        version = given.get("schema_version", SCHEMA_VERSION)
+        _check_integer("schema_version", version, low=1)
+        if version > SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version={version} was written by a newer squeezellm_hf; this one reads "
+                f"up to {SCHEMA_VERSION}: pip install -U squeezellm-hf"
+            )
+        method = given.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {method!r}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(given) - set(fields))
+        if unknown:
+            raise ValueError(
+                f"quantization_config has the unknown field {unknown[0]!r}; "
+                f"known are {', '.join(sorted(fields))}"
+            )
+        config = cls(**{name: v for name, v in given.items() if fields[name].init})
+        for name, value in given.items():
+            if not fields[name].init:
+                setattr(config, name, value)
+        used = {name: value for name, value in kwargs.items() if name in fields}
+        for name, value in used.items():
+            setattr(config, name, value)
+        config.check()
+        unused = {name: value for name, value in kwargs.items() if name not in used}
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json: no objects, no paths, no texts."""
+        values = {k: v for k, v in self.__dict__.items() if k not in RUN_FIELDS}
+        values["dataset"] = datasets.describe(values["dataset"])
+        return copy.deepcopy(values)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """The fields that may be overridden when a quantized checkpoint is loaded."""
+        return {"dequantize": self.dequantize}
+
+
+def _check_integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")

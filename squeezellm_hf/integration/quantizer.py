@@ -1,0 +1,141 @@
+"""``HfQuantizer`` of SqueezeLLM: the only file that knows transformers' loading hooks.
+
+Works from transformers 5.17 on; arguments that came or went since are taken as ``**kwargs``.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from squeezellm_hf.integration import saving
+from squeezellm_hf.integration.checkpoint import check_files
+from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
+from squeezellm_hf.integration.placement import place, quantization_device
+from squeezellm_hf.integration.run import Run, prepare
+from squeezellm_hf.nn import SqueezeLLMLinear
+
+
+class SqueezeLLMHfQuantizer(HfQuantizer):
+    """Quantizes a model once it is loaded, or builds the skeleton for a quantized checkpoint."""
+
+    requires_calibration = False
+    quantization_config: SqueezeLLMConfig
+
+    def __init__(self, quantization_config: SqueezeLLMConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._device_map: Any = None
+        self._run: Run | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError for a checkpoint that says to be quantized but names no module."""
+        if self.pre_quantized and not self.quantization_config.modules:
+            raise ValueError(
+                "quantization_config of the checkpoint has no modules: nothing in it is quantized"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Load on the CPU what is still to be quantized; it is placed when that is done."""
+        if self.pre_quantized:
+            return device_map
+        self._device_map = device_map
+        return {"": "cpu"}
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+        """Our tensors are loaded as they are stored."""
+        return weight_conversions
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """True for the tensors of a quantized checkpoint, so that we judge their shapes ourselves."""
+        module = param_name.rpartition(".")[0]
+        return self.pre_quantized and isinstance(model.get_submodule(module), SqueezeLLMLinear)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            # Everything that can be wrong with the request is found before the weights are read.
+            # (Transformers calls this with meta as the default device.)
+            with torch.device("cpu"):
+                self._run = prepare(model, self.quantization_config)
+            return model
+        records = self.quantization_config.records
+        files = kwargs.get("checkpoint_files")
+        if files:
+            check_files(files, records)
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        for name, record in records.items():
+            linear = _linear(model, name)
+            if record.nnz > linear.in_features * linear.out_features:
+                raise ValueError(
+                    f"quantization_config.modules[{name!r}].nnz={record.nnz} is more than the "
+                    f"{linear.out_features} x {linear.in_features} weights of the module"
+                )
+            layer = SqueezeLLMLinear(
+                linear.in_features,
+                linear.out_features,
+                record.bits,
+                nnz=record.nnz,
+                bias=linear.bias is not None,
+                table_dtype=TABLE_DTYPES[record.table_dtype],
+                dtype=linear.bias.dtype if linear.bias is not None else dtype,
+                device="meta",
+            )
+            model.set_submodule(name, layer)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            for name in self.quantization_config.records:
+                layer = model.get_submodule(name)
+                layer.requires_grad_(False)
+                layer.check(f"{name}.")
+            if self.quantization_config.dequantize:
+                return self._dequantize(model)
+        else:
+            if self._run is None:
+                raise RuntimeError("the model was not preprocessed by this quantizer")
+            model.to(quantization_device(self._device_map))
+            self._run.quantize(model)
+            self._run = None
+            place(model, self._device_map)
+            self.pre_quantized = True
+        saving.attach(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dtype = dtype or model.dtype
+        for name in list(self.quantization_config.records):
+            layer = model.get_submodule(name)
+            if isinstance(layer, SqueezeLLMLinear):
+                model.set_submodule(name, layer.to_linear(dtype))
+        saving.detach(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Saved as standard safetensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters may be trained on top: the ops have a backward pass."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The ops have fake kernels and cause no graph break."""
+        return True
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"quantization_config.modules names {name!r}, which {type(model).__name__} has not"
+        ) from error
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"quantization_config.modules names {name!r}, which in {type(model).__name__} is a "
+            f"{type(module).__name__}, not a linear layer"
+        )
+    return module

@@ -1,0 +1,88 @@
+"""Save so that a crash never costs the previous output, and with a model card.
+
+Transformers writes straight into the target directory. A quantized model carries its own
+``save_pretrained``, which writes into a directory beside the target first and moves the files
+when all are complete.
+"""
+
+import os
+import shutil
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from squeezellm_hf.integration.card import model_card
+
+CARD = "README.md"
+
+
+def attach(model: Any) -> None:
+    """Give ``model`` the two methods below in place of its class's."""
+    model.save_pretrained = types.MethodType(save_pretrained, model)
+    model.push_to_hub = types.MethodType(push_to_hub, model)
+
+
+def detach(model: Any) -> None:
+    """Undo :func:`attach`."""
+    for name in ("save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
+
+
+def save_pretrained(
+    self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    """``PreTrainedModel.save_pretrained``, to a temporary directory and then renamed.
+
+    On an error (a full disk, a kill) ``save_directory`` holds what it held before. A README.md
+    that is there already is left alone.
+    """
+    target = Path(save_directory)
+    push = kwargs.pop("push_to_hub", False)
+    hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr")
+           if key in kwargs}  # fmt: skip
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"save_directory={str(target)!r} is a file; a directory is needed")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        type(self).save_pretrained(self, staging, *args, **kwargs)
+        if not (target / CARD).exists():
+            model_card(self, target.name).save(staging / CARD)
+        _replace_files(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if push:
+        self.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
+
+
+def _replace_files(staging: Path, target: Path) -> None:
+    """Move all files of ``staging`` into ``target``; the weights of an older save go last."""
+    target.mkdir(exist_ok=True)
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    old = {path.name for path in target.glob("model*.safetensors*")}
+    new = sorted(path for path in staging.iterdir())
+    for path in sorted(new, key=lambda path: path.name == "config.json"):
+        destination = target / path.name
+        if path.is_dir():
+            shutil.copytree(path, destination, dirs_exist_ok=True)
+        else:
+            os.replace(path, destination)
+    for name in old - {path.name for path in new}:
+        (target / name).unlink()
+
+
+def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """``PreTrainedModel.push_to_hub``, with our model card unless the repository has one."""
+    token = kwargs.get("token")
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True)
+    if not api.file_exists(url.repo_id, CARD):
+        # Transformers' push keeps and tags the card that it finds in the repository.
+        model_card(self, url.repo_id).push_to_hub(url.repo_id, token=token)
+    return type(self).push_to_hub(self, url.repo_id, *args, **kwargs)
