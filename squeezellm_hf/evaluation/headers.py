@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from squeezellm_hf.evaluation.footprint import TensorSize
 
@@ -79,3 +83,27 @@ def _size(shape: list[int], dtype: str) -> TensorSize:
     digits = "".join(filter(str.isdigit, dtype))
     bits = _BITS[dtype] if dtype in _BITS else int(digits)
     return TensorSize(tuple(shape), (prod(shape) * bits + 7) // 8)
+
+
+def linear_sizes(config: Any) -> dict[str, int]:
+    """Input sizes of all linear layers of a model, by name, from its config alone.
+
+    Returns:
+        `in_features` by module name; empty for an architecture that transformers does not know.
+    """
+    from transformers import AutoModelForCausalLM
+
+    plain = copy.deepcopy(config)
+    # Nothing is loaded, so that nothing may be quantized either.
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(plain)
+    except (ValueError, ImportError):
+        return {}
+    return {
+        name: module.in_features
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, Any]
+_PIPE_WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,22 @@ def table(rows: Sequence[Row], columns: Sequence[Column], title: str | None = No
             )
         )
     return result
+
+
+def console() -> Console:
+    """Return a console on standard output; into a pipe or a file lines may be long.
+
+    What is in brackets is text, not markup: names of models and modules are the user's.
+    """
+    result = Console(markup=False)
+    if not result.is_terminal:
+        result.width = _PIPE_WIDTH
+    return result
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str | None = None) -> None:
+    """Print a table on standard output."""
+    console().print(table(rows, columns, title))
 
 
 def write_json(path: str | os.PathLike[str], rows: Sequence[Row], **context: Any) -> None:

@@ -43,7 +43,14 @@ def _register() -> None:
 
         register()
     except Exception as error:
-        _warn(error)
+        # One of our own modules may have brought about the import that we watch for, and be half
+        # imported itself. It calls install() again at its end.
+        if not any(
+            _is_executing(module)
+            for name, module in list(sys.modules.items())
+            if name.startswith("squeezellm_hf.integration.")
+        ):
+            _warn(error)
 
 
 def _warn(error: Exception) -> None:

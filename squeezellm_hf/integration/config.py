@@ -10,6 +10,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from squeezellm_hf.calibration import datasets
+from squeezellm_hf.integration import autoload
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
 from squeezellm_hf.pipeline import plan
 
@@ -212,3 +213,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
 def _check_integer(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+# Importing transformers above may have run its side of the registration before the class existed.
+autoload.install()

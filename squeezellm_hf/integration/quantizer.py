@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from squeezellm_hf.integration import saving
+from squeezellm_hf.integration import autoload, saving
 from squeezellm_hf.integration.checkpoint import check_files
 from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
 from squeezellm_hf.integration.placement import place, quantization_device
@@ -139,3 +139,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
             f"{type(module).__name__}, not a linear layer"
         )
     return module
+
+
+# Importing transformers above may have run its side of the registration before the class existed.
+autoload.install()

@@ -1,0 +1,28 @@
+// Compile-time loops: shifts and permutes need constants, and the standard library's own tools for
+// this would put shared functions into files compiled with instruction-set flags.
+#pragma once
+
+#define SQ_INLINE static inline __attribute__((always_inline))
+#define SQ_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace squeezellm_hf {
+
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
+
+template <int kBegin, int kEnd, class Body>
+SQ_INLINE void unroll(Body body) {
+  if constexpr (kBegin < kEnd) {
+    body(Constant<kBegin>{});
+    unroll<kBegin + 1, kEnd>(body);
+  }
+}
+
+template <class A, class B>
+static constexpr bool same = false;
+template <class A>
+static constexpr bool same<A, A> = true;
+
+}  // namespace squeezellm_hf

@@ -1,0 +1,101 @@
+"""The command `squeezellm`: one file a subcommand, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+_COMMANDS = {
+    "quantize": "Quantize a model and save it as an ordinary checkpoint, or push it to the Hub.",
+    "eval": "Perplexity on a text, and how far predictions are from the original model's.",
+    "inspect": "What a checkpoint holds: bits, sparse values and bytes of every layer.",
+    "bench": "Tokens per second and memory, quantized against original.",
+    "env": "Installed versions, hardware, and which kernels are active.",
+}
+_DESCRIPTION = """SqueezeLLM quantization for Hugging Face Transformers.
+
+A model is given as a Hub id or as a local folder. A quantized one loads with plain Transformers:
+pipeline("text-generation", model=OUT).
+
+  squeezellm quantize HuggingFaceTB/SmolLM2-135M-Instruct OUT --bits 4
+  squeezellm inspect OUT
+  squeezellm eval OUT --reference HuggingFaceTB/SmolLM2-135M-Instruct
+
+`squeezellm COMMAND --help` explains a command; `squeezellm --version` prints the version."""
+_STYLE = (
+    tyro.conf.DisallowNone,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.PositionalMetavarFromFieldName,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; default: those of the process.
+
+    Returns:
+        Exit status: 0; 1 for an error in what was asked for (a wrong value, a missing model, no
+        network), told in one line; 130 after an interrupt. A malformed command line exits with 2.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"squeezellm {_version()}")
+        return 0
+    if not arguments or arguments[0] not in _COMMANDS:
+        _overview(arguments or ["--help"])
+    name = arguments[0]
+    try:
+        module = importlib.import_module(f"squeezellm_hf.cli.{name}")
+        command = tyro.cli(
+            module.Command,
+            prog=f"squeezellm {name}",
+            description=module.DESCRIPTION,
+            args=arguments[1:],
+            config=_STYLE,
+        )
+        command.run()
+    except (ValueError, OSError) as error:
+        if os.environ.get("SQUEEZELLM_HF_TRACEBACK") == "1":
+            raise
+        print(f"squeezellm {name}: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"squeezellm {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview(arguments: list[str]) -> None:
+    """Print the list of commands, or what is wrong with the arguments, and exit."""
+
+    def named(text: str) -> Callable[[], None]:
+        def command() -> None: ...
+
+        command.__doc__ = text
+        return command
+
+    tyro.extras.subcommand_cli_from_dict(
+        {name: named(text) for name, text in _COMMANDS.items()},
+        prog="squeezellm",
+        description=_DESCRIPTION,
+        args=arguments,
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("squeezellm-hf")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed, run from its sources)"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,130 @@
+"""Loads the compiled kernels, once, and says what became of it.
+
+Environment:
+    SQUEEZELLM_HF_NATIVE: ``0`` leaves the library alone; the PyTorch reference runs.
+    SQUEEZELLM_HF_ISA: ``scalar``, ``avx2``, ``avx512`` or ``avx512_bf16`` forces an instruction
+        set; a ValueError if the machine lacks it.
+"""
+
+import ctypes
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_DIRECTORY = Path(__file__).parent
+_LIBRARY = "_native.so"
+_REASON = "native_missing.txt"
+_HOW = "Install a C++ compiler and torch, then reinstall with `pip install --no-deps squeezellm-hf`"
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """What became of the compiled kernels.
+
+    Attributes:
+        loaded: whether they are in use.
+        path: of the library, if there is one.
+        reason: why they are not in use, or None.
+        instruction_set: what the kernels run on: scalar, avx2, avx512 or avx512_bf16.
+        available: the instruction sets this machine can run, slowest first.
+    """
+
+    loaded: bool
+    path: Path | None
+    reason: str | None
+    instruction_set: str | None
+    available: tuple[str, ...]
+
+
+_handle: ctypes.CDLL | None = None
+_reason: str | None = "not loaded yet"
+
+
+def _find() -> Path | None:
+    # An editable install keeps the library in site-packages and the Python files elsewhere.
+    from squeezellm_hf import ops
+
+    for directory in (_DIRECTORY, *map(Path, ops.__path__)):
+        if (directory / _LIBRARY).is_file():
+            return directory / _LIBRARY
+    return None
+
+
+def _why_missing() -> str:
+    note = _DIRECTORY / _REASON
+    if note.is_file():
+        return note.read_text().strip()
+    return "the library was not built when squeezellm_hf was installed (`pip install -v` tells why)"
+
+
+def _open() -> ctypes.CDLL:
+    path = _find()
+    if path is None:
+        raise FileNotFoundError(_why_missing())
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(str(path))
+    library.squeezellm_hf_select_instruction_set.argtypes = [ctypes.c_char_p]
+    for function in (
+        library.squeezellm_hf_select_instruction_set,
+        library.squeezellm_hf_instruction_set,
+        library.squeezellm_hf_available_instruction_sets,
+    ):
+        function.restype = ctypes.c_char_p
+    return library
+
+
+def load() -> None:
+    """Register the compiled kernels with torch; warn once if there are none.
+
+    Raises:
+        ValueError: if SQUEEZELLM_HF_ISA names an instruction set that cannot run here.
+    """
+    global _handle, _reason
+    if _handle is not None:
+        return
+    if os.environ.get("SQUEEZELLM_HF_NATIVE", "1") == "0":
+        _reason = "switched off by SQUEEZELLM_HF_NATIVE=0"
+        return
+    try:
+        _handle = _open()
+    except OSError as error:
+        _reason = str(error)
+        warnings.warn(
+            f"squeezellm_hf runs on its slow PyTorch reference: {_reason}. {_HOW}.", stacklevel=2
+        )
+        return
+    _reason = None
+    set_instruction_set(None)
+
+
+def set_instruction_set(name: str | None) -> None:
+    """Run the kernels on another instruction set, in all threads from their next call on.
+
+    Args:
+        name: one of ``status().available``; None for SQUEEZELLM_HF_ISA or else the fastest.
+
+    Raises:
+        ValueError: if the machine cannot run it.
+        RuntimeError: if the kernels are not loaded.
+    """
+    if _handle is None:
+        raise RuntimeError(f"the native kernels are not loaded: {_reason}")
+    error = _handle.squeezellm_hf_select_instruction_set((name or "").encode())
+    if error is not None:
+        raise ValueError(error.decode())
+
+
+def status() -> NativeStatus:
+    """What became of the compiled kernels."""
+    if _handle is None:
+        return NativeStatus(False, _find(), _reason, None, ())
+    return NativeStatus(
+        loaded=True,
+        path=_find(),
+        reason=None,
+        instruction_set=_handle.squeezellm_hf_instruction_set().decode(),
+        available=tuple(_handle.squeezellm_hf_available_instruction_sets().decode().split()),
+    )
