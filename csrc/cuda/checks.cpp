@@ -96,6 +96,8 @@ LutWeight check_weight(const Tensor& qweight, const Tensor& lookup_table, const 
   check("col_indices", *col_indices, {-1}, "int16 (holding uint16) or int32",
         narrow || col_indices->scalar_type() == ScalarType::Int, device);
   weight.nnz = col_indices->size(0);
+  // Entries are counted in 32 bits, with room for a stride beyond the last.
+  if (weight.nnz > kMost) fail("col_indices must have at most " + std::to_string(kMost) + " entries");
   check("values", *values, {weight.nnz}, kFloats, is_float(*values), device);
   if (weight.nnz == 0 || in_features == 0) return weight;
   weight.crow_indices = static_cast<const int32_t*>(crow_indices->const_data_ptr());

@@ -44,13 +44,11 @@ __device__ __forceinline__ uint4 load_streamed(const uint4* source) {
   return v;
 }
 
-// The same where another lane reads the rest of the 32-byte sector a moment later.
-__device__ __forceinline__ uint4 load_shared_sector(const uint4* source) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::evict_first.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(source));
-  return v;
+// (bits & mask) | base, which the compiler does not always find to be one instruction.
+__device__ __forceinline__ uint32_t and_or(uint32_t bits, uint32_t mask, uint32_t base) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(bits), "r"(mask), "r"(base));
+  return result;
 }
 
 // c += a b for a [16 x 16] (rows lane / 4 and lane / 4 + 8), b [16 x 8] (column lane / 4); each
@@ -71,17 +69,10 @@ __device__ __forceinline__ void multiply_accumulate(float (&c)[4], uint32_t a0, 
   }
 }
 
-// The entries of one row of the sparse part: [begin, end), within [0, nnz] whatever the row
-// pointers say.
-struct SparseRow {
-  int64_t begin;
-  int64_t end;
-};
-
-__device__ __forceinline__ SparseRow sparse_row(const LutWeight& weight, int row) {
-  const int64_t begin = weight.crow_indices[row];
-  const int64_t end = weight.crow_indices[row + 1];
-  return {begin < 0 ? 0 : begin, end > weight.nnz ? weight.nnz : end};
+// The entries [x, y) of one row of the sparse part, within [0, nnz] whatever the row pointers say.
+__device__ __forceinline__ int2 sparse_row(const LutWeight& weight, int row) {
+  const int last = static_cast<int>(weight.nnz);
+  return {max(weight.crow_indices[row], 0), min(weight.crow_indices[row + 1], last)};
 }
 
 // The column of an entry, within the row whatever the tensor says.

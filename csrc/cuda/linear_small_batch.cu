@@ -1,261 +1,388 @@
 // y = x W^T for a batch of 1 to 8: the weights are read once, straight from their stored layout.
 //
-// A block owns 16 rows, its warps take turns along them. The tensor core multiplies 16 weights of
-// each of 16 rows with up to 8 activations, so that multiplying costs next to nothing even at batch
-// 1; what is left is to turn indices into values. Two neighbouring indices select one 32-bit entry
-// of a table of all pairs of the row's values, in shared memory. In the tensor core's layout lane l
-// meets the rows l / 4 and l / 4 + 8 only: four copies of every table give each lane a bank of its
-// own, and no look-up waits for another.
-#include <type_traits>
-
+// A block owns tiles of 16 or 32 rows, one after the other; its warps take turns along the rows. The
+// tensor core multiplies 16 weights of each of 16 rows with 8 columns of activations, so that
+// multiplying costs next to nothing even at batch 1; what is left is to turn indices into values.
+// Two neighbouring indices select one 32-bit entry of a table of all pairs of the row's values, in
+// shared memory. In the tensor core's layout lane l meets the rows l / 4 and l / 4 + 8 only: four
+// copies of every table give each lane a bank of its own, and no look-up waits for another.
+//
+// What a tile needs (weights, table, sparse entries) is loaded while the previous one is worked on.
 #include "common.cuh"
 
 namespace squeezellm_hf::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarpLanes;
-constexpr int kRows = 16;
-constexpr int kColumns = 8;  // of the tensor core's right operand: the largest batch
-constexpr int kEntryShift = 7;  // log2 of the bytes between two entries of a table: 32 banks of 4
-// A row of more sparse values is shared by all warps of the block.
-constexpr int64_t kHeavyRow = 512;
+constexpr int kTileRows = 16;  // of the tensor core's left operand
+constexpr int kColumns = 8;    // of its right operand: the largest batch
+// Bytes between two entries of a table: 32 banks of 4 for the rows 0 to 7, as many for 8 to 15.
+constexpr int kEntryBytes = 256;
+constexpr int kEntryShift = 8;
+// Sparse values of a row that are loaded ahead, a lane, and those beyond which all warps share it.
+constexpr int kSparseAhead = 4;
+constexpr int kHeavyRow = 512;
 
-// How a warp takes a row: each of 4 lanes a piece of consecutive words that holds a whole number of
-// indices, `kPieces` times; all of them are in flight while the previous ones are worked on.
+// How a warp takes a row: a unit is a piece of consecutive words for each of 4 lanes that holds a
+// whole number of groups of 8 indices; kAhead units are in registers or on their way.
 template <int kBits>
-struct Piece {
-  static constexpr int kWords = kBits == 3 ? 12 : 4;
-  static constexpr int kWeights = kWords * 32 / kBits;
-  static constexpr int kPieces = kBits == 3 ? 1 : 2;
-  static constexpr int kStepWeights = 4 * kPieces * kWeights;  // of a row, a warp's step
-  static constexpr int kStepWords = 4 * kPieces * kWords;
+struct Unit {
+  static constexpr int kLaneWords = kBits == 3 ? 12 : 4;
+  static constexpr int kWords = 4 * kLaneWords;
+  static constexpr int kLaneWeights = kLaneWords * 32 / kBits;
+  static constexpr int kWeights = 4 * kLaneWeights;
+  static constexpr int kGroups = kLaneWeights / 8;
+  static constexpr int kAhead = kBits == 3 ? 1 : 2;
   static constexpr int kPairs = 1 << (2 * kBits);
-  static constexpr int kTableBytes = kRows * 4 * kPairs * 4;
 };
 
-struct RowWords {
-  const uint32_t* words;
-  int count;
-};
-
-template <int kBits, bool kVector>
-__device__ __forceinline__ void load_piece(uint32_t (&piece)[Piece<kBits>::kWords], const RowWords& row, int first) {
-  constexpr int kWords = Piece<kBits>::kWords;
+template <bool kVector, bool kSectorsShared>
+__device__ __forceinline__ void load_words(uint32_t (&words)[4], const uint32_t* source, int remaining) {
+  words[0] = words[1] = words[2] = words[3] = 0;
   if constexpr (kVector) {
-#pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      const uint4* source = reinterpret_cast<const uint4*>(row.words + first + i);
-      if (first + i < row.count) v = kWords == 4 ? load_streamed(source) : load_shared_sector(source);
-      piece[i] = v.x, piece[i + 1] = v.y, piece[i + 2] = v.z, piece[i + 3] = v.w;
-    }
+    if (remaining <= 0) return;
+    const uint4* vector = reinterpret_cast<const uint4*>(source);
+    const uint4 v = kSectorsShared ? __ldg(vector) : load_streamed(vector);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   } else {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) piece[i] = first + i < row.count ? __ldg(row.words + first + i) : 0;
+    for (int i = 0; i < 4; ++i)
+      if (remaining > i) words[i] = __ldg(source + i);
   }
 }
 
-// Eight consecutive activations; zero beyond the row, and for columns beyond the batch (null).
+// Eight consecutive activations, zero beyond the `remaining` ones.
 template <class T, bool kVector>
-__device__ __forceinline__ uint4 load_activations(const T* x, int k, int in_features) {
+__device__ __forceinline__ uint4 load_activations(const T* x, int remaining) {
   uint4 v = make_uint4(0, 0, 0, 0);
-  if (x == nullptr) return v;
   if constexpr (kVector) {
-    if (k < in_features) v = __ldg(reinterpret_cast<const uint4*>(x + k));
+    if (remaining > 0) v = __ldg(reinterpret_cast<const uint4*>(x));
   } else {
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
     uint32_t halves[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) halves[i] = k + i < in_features ? __ldg(bits + k + i) : 0;
+    for (int i = 0; i < 8; ++i) halves[i] = i < remaining ? __ldg(bits + i) : 0;
     v = make_uint4(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16, halves[4] | halves[5] << 16,
                    halves[6] | halves[7] << 16);
   }
   return v;
 }
 
-// The byte offset of the entry for pair `j` of a piece: its index, times the entries' distance.
+// Byte offset in a table of the entry for pair j of a lane's words, plus the lane's own offset.
 template <int kBits>
-__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&piece)[Piece<kBits>::kWords], int j) {
-  constexpr int kPairBits = 2 * kBits;
-  constexpr uint32_t kMask = ((1u << kPairBits) - 1) << kEntryShift;
-  const int word = j * kPairBits / 32;
-  const int shift = j * kPairBits % 32;
-  uint32_t bits;
-  if (shift + kPairBits > 32) {
-    bits = __funnelshift_r(piece[word], piece[word + 1], shift - kEntryShift);
-  } else if (shift >= kEntryShift) {
-    bits = piece[word] >> (shift - kEntryShift);
+__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords / 4][4], int j,
+                                                uint32_t lane_offset) {
+  const int word = j * 2 * kBits / 32;
+  const int shift = j * 2 * kBits % 32;
+  const uint32_t bits = words[word / 4][word % 4];
+  if constexpr (kBits == 4) {
+    // One instruction: the pair's byte becomes the second byte, the lane's offset the first.
+    return __byte_perm(bits, lane_offset, 0x5504 | shift / 8 << 4);
+  } else if constexpr (kBits == 2) {
+    // The compiler shares the masked word among the four pairs at even (or odd) nibbles.
+    const uint32_t nibbles = (shift % 8 ? bits >> 4 : bits) & 0x0F0F0F0F;
+    return __byte_perm(nibbles, lane_offset, 0x5504 | shift / 8 << 4);
   } else {
-    bits = piece[word] << (kEntryShift - shift);
-  }
-  return bits & kMask;
-}
-
-// Fills the tables of pairs: entry e of row r holds the values of the indices e % 2^bits (low half)
-// and e / 2^bits, four times, at [r / 8][e][r % 8][4]. Eight neighbouring threads write 128
-// consecutive bytes.
-template <class T, int kBits>
-__device__ void fill_tables(unsigned char* tables, T (*entries)[(1 << kBits) + 8], const LutWeight& weight,
-                            int first_row) {
-  constexpr int kEntries = 1 << kBits;
-  for (int i = threadIdx.x; i < kRows * kEntries; i += kThreads) {
-    const int row = min(first_row + i / kEntries, weight.out_features - 1);
-    const float value = load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + i % kEntries);
-    entries[i / kEntries][i % kEntries] = from_float<T>(value);
-  }
-  __syncthreads();
-  const int row = threadIdx.x % kRows;
-  const uint16_t* row_entries = reinterpret_cast<const uint16_t*>(entries[row]);
-  unsigned char* table =
-      tables + (row / 8) * (Piece<kBits>::kTableBytes / 2) + (row % 8) * 16;
-#pragma unroll
-  for (int j = 0; j < Piece<kBits>::kPairs / (kThreads / kRows); ++j) {
-    const int e = j * (kThreads / kRows) + threadIdx.x / kRows;
-    const uint32_t pair = row_entries[e % kEntries] | uint32_t{row_entries[e / kEntries]} << 16;
-    *reinterpret_cast<uint4*>(table + (e << kEntryShift)) = make_uint4(pair, pair, pair, pair);
+    constexpr uint32_t kMask = (Unit<kBits>::kPairs - 1) << kEntryShift;
+    const int next = min(word + 1, Unit<kBits>::kLaneWords - 1);
+    if (shift + 2 * kBits > 32)
+      return and_or(__funnelshift_r(bits, words[next / 4][next % 4], shift - kEntryShift), kMask, lane_offset);
+    return and_or(shift >= kEntryShift ? bits >> (shift - kEntryShift) : bits << (kEntryShift - shift), kMask,
+                  lane_offset);
   }
 }
 
-// Adds `lanes` lanes' share of a row's sparse products to sums[n], n < batch.
+// Adds one sparse value's products to sums[n], n < batch.
 template <class T, int kBatch>
-__device__ __forceinline__ void add_sparse(float (&sums)[kBatch], const LinearCall& call, const SparseRow& row,
-                                           int lane, int lanes) {
-  const T* x = static_cast<const T*>(call.x);
-#pragma unroll 2
-  for (int64_t entry = row.begin + lane; entry < row.end; entry += lanes) {
-    const int column = sparse_column(call.weight, entry);
-    const float value = load_float(call.weight.values, call.weight.values_dtype, entry);
+__device__ __forceinline__ void add_sparse(float (&sums)[kBatch], const LinearCall& call, int64_t entry) {
+  const T* x = static_cast<const T*>(call.x) + sparse_column(call.weight, entry);
+  const float value = load_float(call.weight.values, call.weight.values_dtype, entry);
 #pragma unroll
-    for (int n = 0; n < kBatch; ++n)
-      if (n < call.batch) sums[n] += value * to_float(x[int64_t{n} * call.weight.in_features + column]);
-  }
+  for (int n = 0; n < kBatch; ++n)
+    if (n < call.batch) sums[n] += value * to_float(x[int64_t{n} * call.weight.in_features]);
 }
 
-template <class T, int kBits, int kBatch, bool kVector>
-__global__ void __launch_bounds__(kThreads, kBits == 3 ? 2 : 3) small_batch_kernel(const LinearCall call) {
-  using P = Piece<kBits>;
-  extern __shared__ __align__(128) unsigned char tables[];
-  __shared__ __align__(16) T entries[kRows][(1 << kBits) + 8];
+template <class T, int kBits, int kTiles, int kBatch>
+struct SharedMemory {
+  static constexpr int kRows = kTiles * kTileRows;
+  static constexpr int kEntries = 1 << kBits;
+  // Entry e of row r holds the values of the indices e % 2^bits (low half) and e / 2^bits, four times.
+  struct alignas(128) Table {
+    uint32_t pairs[Unit<kBits>::kPairs][2][8][4];
+  } tables[kTiles];
+  float sums[kWarps][kBatch][kRows];
+  // Of the tile in work and the next one.
+  T values[2][kRows][kEntries];
+  int2 sparse_rows[2][kRows];
+};
+
+template <class T, int kBits, int kTiles, int kBatch, bool kVector>
+__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_kernel(const LinearCall call) {
+  using U = Unit<kBits>;
+  using Shared = SharedMemory<T, kBits, kTiles, kBatch>;
+  constexpr int kRows = Shared::kRows;
+  constexpr int kEntries = Shared::kEntries;
+  constexpr int kSubloads = U::kLaneWords / 4;
+  // With fewer than 8 activations a column each of the tensor core's takes every kSlices-th group of
+  // a lane's weights, so that one load brings activations for all lanes.
+  constexpr int kSlices = kColumns / kBatch;
+  constexpr int kLoads = (U::kGroups + kSlices - 1) / kSlices;
+  extern __shared__ __align__(128) unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+
   const LutWeight& weight = call.weight;
   const int lane = threadIdx.x % kWarpLanes;
   const int warp = threadIdx.x / kWarpLanes;
-  const int first_row = blockIdx.x * kRows;
-  const int in_features = weight.in_features;
+  const int last_row = weight.out_features - 1;
+  const int tiles = (weight.out_features + kRows - 1) / kRows;
+  const int words_per_row = static_cast<int>(weight.words_per_row);
+  const int units = (words_per_row + U::kWords - 1) / U::kWords;
+  const int rounds = (units + kWarps * U::kAhead - 1) / (kWarps * U::kAhead);
+  const bool has_sparse = weight.crow_indices != nullptr;
 
-  // The rows of this lane; those beyond the last are computed like the last and not written.
-  RowWords rows[2];
+  // The loads' position: a tile and a round, ahead of the work's. Rows beyond the last are computed
+  // like it and not written.
+  const int lane_word = kBits == 3 ? lane % 4 * U::kLaneWords : lane % 4 * 4;
+  int load_tile = blockIdx.x;
+  int load_round = 0;
+  int load_word;
+  const uint32_t* load_rows[kTiles][2];
+  auto begin_tile = [&] {
+    load_word = warp * U::kWords + lane_word;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = min(first_row + lane / 4 + 8 * h, weight.out_features - 1);
-    rows[h] = {weight.qweight + row * weight.words_per_row, static_cast<int>(weight.words_per_row)};
-  }
-  uint32_t next[P::kPieces][2][P::kWords];
-  auto load_step = [&](int step) {
-#pragma unroll
-    for (int p = 0; p < P::kPieces; ++p)
+    for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        load_piece<kBits, kVector>(next[p][h], rows[h], step * P::kStepWords + (4 * p + lane % 4) * P::kWords);
+        load_rows[m][h] = weight.qweight + weight.words_per_row *
+                                               min(load_tile * kRows + m * kTileRows + h * 8 + lane / 4, last_row);
   };
-  load_step(warp);
-
-  // Half a warp a row; its sum is ready in all of its lanes.
-  float sparse[kBatch] = {};
-  const int sparse_row_index = warp * 2 + lane / 16;
-  if (weight.crow_indices != nullptr) {
-    const int row = min(first_row + sparse_row_index, weight.out_features - 1);
-    const SparseRow entries_of_row = sparse_row(weight, row);
-    if (entries_of_row.end - entries_of_row.begin <= kHeavyRow)
-      add_sparse<T, kBatch>(sparse, call, entries_of_row, lane % 16, 16);
+  uint32_t words[U::kAhead][kTiles][2][kSubloads][4];
+  auto load_subload = [&](int ahead, int subload) {
+    const int word = load_word + ahead * kWarps * U::kWords + subload * 4;
+    const int remaining = load_tile < tiles ? words_per_row - word : 0;
 #pragma unroll
-    for (int n = 0; n < kBatch; ++n)
-#pragma unroll
-      for (int distance = 8; distance > 0; distance /= 2)
-        sparse[n] += __shfl_xor_sync(0xffffffff, sparse[n], distance);
-  }
-
-  fill_tables<T, kBits>(tables, entries, weight, first_row);
-  __syncthreads();
-
-  const int column = lane / 4;
-  const T* x = column < call.batch ? static_cast<const T*>(call.x) + int64_t{column} * in_features : nullptr;
-  const unsigned char* table[2] = {tables + lane * 4, tables + P::kTableBytes / 2 + lane * 4};
-  auto look_up = [&](const uint32_t (&piece)[P::kWords], int h, int j) {
-    return *reinterpret_cast<const uint32_t*>(table[h] + pair_offset<kBits>(piece, j));
-  };
-
-  float products[4] = {};
-  const int steps = (in_features + P::kStepWeights - 1) / P::kStepWeights;
-  for (int step = warp; step < steps; step += kWarps) {
-    uint32_t current[P::kPieces][2][P::kWords];
-#pragma unroll
-    for (int p = 0; p < P::kPieces; ++p)
+    for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
+        load_words<kVector, kBits == 3>(words[ahead][m][h][subload], load_rows[m][h] + word, remaining);
+  };
+  auto next_round = [&] {
+    load_word += kWarps * U::kAhead * U::kWords;
+    if (++load_round == rounds) {
+      load_round = 0;
+      load_tile += gridDim.x;
+      begin_tile();
+    }
+  };
+
+  // A thread's share of the next tile's table and row pointers.
+  static_assert(kRows * kEntries <= kThreads);
+  float next_value = 0.0f;
+  int2 next_sparse_row = {0, 0};
+  auto load_tile_data = [&](int tile) {
+    if (threadIdx.x < kRows * kEntries) {
+      const int row = min(tile * kRows + static_cast<int>(threadIdx.x) / kEntries, last_row);
+      next_value = load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + threadIdx.x % kEntries);
+    }
+    if (has_sparse && threadIdx.x < kRows) {
+      const int row = tile * kRows + threadIdx.x;
+      next_sparse_row = {0, 0};
+      if (row <= last_row) next_sparse_row = sparse_row(weight, row);
+    }
+  };
+  auto store_tile_data = [&](int buffer) {
+    if (threadIdx.x < kRows * kEntries)
+      shared.values[buffer][threadIdx.x / kEntries][threadIdx.x % kEntries] = from_float<T>(next_value);
+    if (has_sparse && threadIdx.x < kRows) shared.sparse_rows[buffer][threadIdx.x] = next_sparse_row;
+  };
+
+  load_tile_data(blockIdx.x);
+  begin_tile();
 #pragma unroll
-        for (int i = 0; i < P::kWords; ++i) current[p][h][i] = next[p][h][i];
-    load_step(step + kWarps);
+  for (int a = 0; a < U::kAhead; ++a)
 #pragma unroll
-    for (int p = 0; p < P::kPieces; ++p) {
-      const int k = step * P::kStepWeights + (4 * p + lane % 4) * P::kWeights;
+    for (int s = 0; s < kSubloads; ++s) load_subload(a, s);
+  next_round();
+  store_tile_data(0);
+
+  const int slice = lane / 4 / kBatch;
+  const int column = lane / 4 % kBatch;
+  const T* x = static_cast<const T*>(call.x) + int64_t{column} * weight.in_features;
+  const uint32_t lane_offset = lane * 4;
+
+  int buffer = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
+    __syncthreads();  // the last tile's tables are not in use any more, this one's values are there
+    {
+      const int row = threadIdx.x % kRows;
+      const uint16_t* values = reinterpret_cast<const uint16_t*>(shared.values[buffer][row]);
 #pragma unroll
-      for (int i = 0; i < P::kWeights / 8; ++i) {
-        const uint4 b = load_activations<T, kVector>(x, k + 8 * i, in_features);
-        multiply_accumulate<T>(products, look_up(current[p][0], 0, 4 * i), look_up(current[p][1], 1, 4 * i),
-                               look_up(current[p][0], 0, 4 * i + 1), look_up(current[p][1], 1, 4 * i + 1), b.x, b.y);
-        multiply_accumulate<T>(products, look_up(current[p][0], 0, 4 * i + 2), look_up(current[p][1], 1, 4 * i + 2),
-                               look_up(current[p][0], 0, 4 * i + 3), look_up(current[p][1], 1, 4 * i + 3), b.z, b.w);
+      for (int j = 0; j < (U::kPairs * kRows + kThreads - 1) / kThreads; ++j) {
+        const int e = j * (kThreads / kRows) + threadIdx.x / kRows;
+        if (U::kPairs * kRows % kThreads != 0 && e >= U::kPairs) break;
+        const uint32_t pair = values[e % kEntries] | uint32_t{values[e / kEntries]} << 16;
+        *reinterpret_cast<uint4*>(shared.tables[row / kTileRows].pairs[e][row / 8 % 2][row % 8]) =
+            make_uint4(pair, pair, pair, pair);
       }
     }
-  }
-
-  // The warps' sums meet in shared memory, where the tables were, and are added in a fixed order.
-  __syncthreads();
-  float(*sums)[kColumns][kRows] = reinterpret_cast<float(*)[kColumns][kRows]>(tables);
+    const bool has_next = tile + static_cast<int>(gridDim.x) < tiles;
+    if (has_next) load_tile_data(tile + gridDim.x);
+    // Column (low half) and value of the first entries of this warp's rows; a 32-bit column or value
+    // is loaded when it is used.
+    uint32_t sparse_ahead[kTiles][kSparseAhead];
+    const bool packed_sparse = has_sparse && !weight.wide_columns && weight.values_dtype != DType::kFloat32;
+    if (packed_sparse) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sums[warp][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = products[i];
-  if (weight.crow_indices != nullptr) {
-    __syncwarp();
-    if (lane % 16 == 0) {
+      for (int m = 0; m < kTiles; ++m) {
+        const int2 row = shared.sparse_rows[buffer][m * kTileRows + warp];
 #pragma unroll
-      for (int n = 0; n < kBatch; ++n) sums[warp][n][sparse_row_index] += sparse[n];
+        for (int i = 0; i < kSparseAhead; ++i) {
+          const int entry = row.x + i * kWarpLanes + lane;
+          if (entry < row.y)
+            sparse_ahead[m][i] = __ldg(static_cast<const uint16_t*>(weight.col_indices) + entry) |
+                                 uint32_t{__ldg(static_cast<const uint16_t*>(weight.values) + entry)} << 16;
+        }
+      }
     }
-    for (int r = 0; r < min(kRows, weight.out_features - first_row); ++r) {
-      const SparseRow entries_of_row = sparse_row(weight, first_row + r);
-      if (entries_of_row.end - entries_of_row.begin <= kHeavyRow) continue;
-      float heavy[kBatch] = {};
-      add_sparse<T, kBatch>(heavy, call, entries_of_row, threadIdx.x, kThreads);
+    __syncthreads();
+
+    float products[kTiles][4] = {};
+    for (int round = 0; round < rounds; ++round) {
+#pragma unroll
+      for (int a = 0; a < U::kAhead; ++a) {
+        const int unit = (round * U::kAhead + a) * kWarps + warp;
+        const bool present = unit < units;
+        const int unit_k = unit * U::kWeights + lane % 4 * U::kLaneWeights;
+#pragma unroll
+        for (int load = 0; load < kLoads; ++load) {
+          uint4 loaded = make_uint4(0, 0, 0, 0);
+          if (present) {
+            const int group = load * kSlices + slice;
+            const int k = unit_k + group * 8;
+            const bool used = column < call.batch && group < U::kGroups;
+            loaded = load_activations<T, kVector>(x + k, used ? weight.in_features - k : 0);
+          }
+#pragma unroll
+          for (int i = load * kSlices; i < min((load + 1) * kSlices, U::kGroups); ++i) {
+            if (present) {
+              const bool mine = kSlices == 1 || slice == i % kSlices;
+              const uint4 b = {mine ? loaded.x : 0, mine ? loaded.y : 0, mine ? loaded.z : 0, mine ? loaded.w : 0};
+#pragma unroll
+              for (int m = 0; m < kTiles; ++m) {
+                uint32_t pairs[2][4];
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+#pragma unroll
+                  for (int j = 0; j < 4; ++j) {
+                    const uint32_t offset = pair_offset<kBits>(words[a][m][h], 4 * i + j, lane_offset);
+                    pairs[h][j] = *reinterpret_cast<const uint32_t*>(
+                        reinterpret_cast<const unsigned char*>(&shared.tables[m]) + h * (kEntryBytes / 2) + offset);
+                  }
+                multiply_accumulate<T>(products[m], pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], b.x, b.y);
+                multiply_accumulate<T>(products[m], pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3], b.z, b.w);
+              }
+            }
+            // Words whose last index was just used make room for those of a later unit.
+            constexpr int kGroupBits = 8 * kBits;
+            const int used_subloads = (i + 1) * kGroupBits / 128;
+            if (used_subloads > i * kGroupBits / 128) load_subload(a, used_subloads - 1);
+          }
+        }
+      }
+      next_round();
+    }
+
+    // A warp's sums over its columns' slices, then the sums of all warps, each in a fixed order.
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float even = products[m][2 * h];
+        float odd = products[m][2 * h + 1];
+        if (kBatch == 1) even += odd;
+#pragma unroll
+        for (int distance = 2; distance * 2 >= (kBatch > 2 ? kBatch : 2) && kBatch < kColumns; distance /= 2) {
+          even += __shfl_xor_sync(0xffffffff, even, distance);
+          odd += __shfl_xor_sync(0xffffffff, odd, distance);
+        }
+        const int n = lane % 4 * 2;
+        const int row = m * kTileRows + h * 8 + lane / 4;
+        if (n < kBatch) shared.sums[warp][n][row] = even;
+        if (n + 1 < kBatch) shared.sums[warp][n + 1][row] = odd;
+      }
+    if (has_sparse) {
       __syncwarp();
+      auto add_warp_sum = [&](float(&lane_sums)[kBatch], int r) {
 #pragma unroll
-      for (int n = 0; n < kBatch; ++n) {
+        for (int n = 0; n < kBatch; ++n) {
 #pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2)
-          heavy[n] += __shfl_xor_sync(0xffffffff, heavy[n], distance);
-        if (lane == 0) sums[warp][n][r] += heavy[n];
+          for (int distance = 16; distance > 0; distance /= 2)
+            lane_sums[n] += __shfl_xor_sync(0xffffffff, lane_sums[n], distance);
+          if (lane == 0) shared.sums[warp][n][r] += lane_sums[n];
+        }
+      };
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        const int2 row = shared.sparse_rows[buffer][m * kTileRows + warp];
+        float lane_sums[kBatch] = {};
+        if (packed_sparse) {
+#pragma unroll
+          for (int i = 0; i < kSparseAhead; ++i) {
+            if (row.x + i * kWarpLanes + lane >= row.y) continue;
+            const int sparse_k = min(static_cast<int>(sparse_ahead[m][i] & 0xffff), weight.in_features - 1);
+            const uint16_t bits = sparse_ahead[m][i] >> 16;
+            const float value = weight.values_dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                                                       : __bfloat162float(__ushort_as_bfloat16(bits));
+#pragma unroll
+            for (int n = 0; n < kBatch; ++n)
+              if (n < call.batch)
+                lane_sums[n] += value * to_float(static_cast<const T*>(call.x)[int64_t{n} * weight.in_features + sparse_k]);
+          }
+        }
+        const int begin = row.x + (packed_sparse ? kSparseAhead * kWarpLanes : 0) + lane;
+        if (row.y - row.x <= kHeavyRow) {
+#pragma unroll 2
+          for (int entry = begin; entry < row.y; entry += kWarpLanes) add_sparse<T, kBatch>(lane_sums, call, entry);
+        }
+        add_warp_sum(lane_sums, m * kTileRows + warp);
+      }
+      const int2 lane_row = lane < kRows ? shared.sparse_rows[buffer][lane] : int2{0, 0};
+      uint32_t heavy = __ballot_sync(0xffffffff, lane_row.y - lane_row.x > kHeavyRow);
+      for (; heavy != 0; heavy &= heavy - 1) {
+        const int r = __ffs(heavy) - 1;
+        const int2 row = shared.sparse_rows[buffer][r];
+        float lane_sums[kBatch] = {};
+#pragma unroll 2
+        for (int entry = row.x + (packed_sparse ? kSparseAhead * kWarpLanes : 0) + threadIdx.x; entry < row.y;
+             entry += kThreads)
+          add_sparse<T, kBatch>(lane_sums, call, entry);
+        add_warp_sum(lane_sums, r);
       }
     }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < call.batch * kRows; i += kThreads) {
-    const int n = i / kRows;
-    const int row = first_row + i % kRows;
-    if (row >= weight.out_features) continue;
-    float sum = call.bias == nullptr ? 0.0f : load_float(call.bias, call.bias_dtype, row);
+    if (has_next) store_tile_data(buffer ^ 1);
+    __syncthreads();
+    for (int i = threadIdx.x; i < call.batch * kRows; i += kThreads) {
+      const int n = i / kRows;
+      const int row = tile * kRows + i % kRows;
+      if (row > last_row) continue;
+      float sum = call.bias == nullptr ? 0.0f : load_float(call.bias, call.bias_dtype, row);
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += sums[w][n][i % kRows];
-    static_cast<T*>(call.y)[int64_t{n} * weight.out_features + row] = from_float<T>(sum);
+      for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][n][i % kRows];
+      static_cast<T*>(call.y)[int64_t{n} * weight.out_features + row] = from_float<T>(sum);
+    }
   }
 }
 
-template <class T, int kBits, int kBatch, bool kVector>
+template <class T, int kBits, int kTiles, int kBatch, bool kVector>
 cudaError_t launch(const LinearCall& call) {
-  const auto kernel = small_batch_kernel<T, kBits, kBatch, kVector>;
-  constexpr int kSharedBytes = Piece<kBits>::kTableBytes;
-  static_assert(kSharedBytes >= kWarps * kColumns * kRows * static_cast<int>(sizeof(float)));
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  using Shared = SharedMemory<T, kBits, kTiles, kBatch>;
+  const auto kernel = small_batch_kernel<T, kBits, kTiles, kBatch, kVector>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
-  kernel<<<(call.weight.out_features + kRows - 1) / kRows, kThreads, kSharedBytes, call.stream>>>(call);
+  const int tiles = (call.weight.out_features + Shared::kRows - 1) / Shared::kRows;
+  const int resident = (kTiles == 1 ? 2 : 1) * call.multiprocessors;
+  kernel<<<tiles < resident ? tiles : resident, kThreads, sizeof(Shared), call.stream>>>(call);
   return cudaGetLastError();
 }
 
@@ -265,8 +392,11 @@ template <class T, int kBits>
 cudaError_t launch_batch(const LinearCall& call) {
   const bool vector = aligned(call.x) && aligned(call.weight.qweight) && call.weight.in_features % 8 == 0 &&
                       call.weight.words_per_row % 4 == 0;
-  if (call.batch == 1) return vector ? launch<T, kBits, 1, true>(call) : launch<T, kBits, 1, false>(call);
-  return vector ? launch<T, kBits, kColumns, true>(call) : launch<T, kBits, kColumns, false>(call);
+  if (call.batch == 1) return vector ? launch<T, kBits, 1, 1, true>(call) : launch<T, kBits, 1, 1, false>(call);
+  if (!vector) return launch<T, kBits, 1, kColumns, false>(call);
+  if (call.batch == 2) return launch<T, kBits, 1, 2, true>(call);
+  if (call.batch <= 4) return launch<T, kBits, 2, 4, true>(call);
+  return launch<T, kBits, 2, kColumns, true>(call);
 }
 
 template <class T>

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const LutWeight we
   if (weight.crow_indices == nullptr) return;
   // The sum is rounded once: from the table's own value, not from the cell just written.
   __syncthreads();
-  const SparseRow entries = sparse_row(weight, row);
-  for (int64_t entry = entries.begin + threadIdx.x; entry < entries.end; entry += kThreads) {
+  const int2 entries = sparse_row(weight, row);
+  for (int64_t entry = entries.x + int64_t{threadIdx.x}; entry < entries.y; entry += kThreads) {
     const int column = sparse_column(weight, entry);
     if (column < block_begin || column >= block_begin + kBlockWeights) continue;
     const int64_t bit = int64_t{column} * kBits;

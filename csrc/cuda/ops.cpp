@@ -15,14 +15,25 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
+// Of torch's C interface; torch has reported the cause on the way.
+void check_torch(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("a call into torch failed");
+}
+
 cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  check_torch(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
 void check_launch(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA kernel launch failed: ") + cudaGetErrorString(error));
+}
+
+int multiprocessors(int32_t device) {
+  int count = 0;
+  check_launch(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 // y = x W^T + bias by torch's own matrix product, for a W in the dtype of x.
@@ -33,7 +44,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias_as_x)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -89,6 +100,7 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   }
   Tensor y = torch::stable::new_empty(x, y_sizes);
   const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  call.multiprocessors = multiprocessors(device);
   call.batch = static_cast<int>(batch);
   call.x = x_contiguous.const_data_ptr();
   call.y = y.mutable_data_ptr();
