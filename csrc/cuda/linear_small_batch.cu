@@ -13,15 +13,13 @@
 namespace squeezellm_hf::cuda {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * kWarpLanes;
 constexpr int kTileRows = 16;  // of the tensor core's left operand
 constexpr int kColumns = 8;    // of its right operand: the largest batch
 // Bytes between two entries of a table: 32 banks of 4 for the rows 0 to 7, as many for 8 to 15.
 constexpr int kEntryBytes = 256;
 constexpr int kEntryShift = 8;
-// Sparse values of a row that are loaded ahead, a lane, and those beyond which all warps share it.
-constexpr int kSparseAhead = 4;
+// Sparse values that a lane loads ahead, and those of a row beyond which all warps share it.
+constexpr int kLaneSparse = 4;
 constexpr int kHeavyRow = 512;
 
 // How a warp takes a row: a unit is a piece of consecutive words for each of 4 lanes that holds a
@@ -37,9 +35,12 @@ struct Unit {
   static constexpr int kPairs = 1 << (2 * kBits);
 };
 
+// Words beyond the row stay as they were: they select some value, which meets an activation of zero.
+// 32 warps of 64 registers a thread, or 16 of 128 where a warp has two tiles.
+constexpr int blocks_per_multiprocessor(int tiles, int warps) { return 32 / tiles / warps; }
+
 template <bool kVector, bool kSectorsShared>
 __device__ __forceinline__ void load_words(uint32_t (&words)[4], const uint32_t* source, int remaining) {
-  words[0] = words[1] = words[2] = words[3] = 0;
   if constexpr (kVector) {
     if (remaining <= 0) return;
     const uint4* vector = reinterpret_cast<const uint4*>(source);
@@ -103,7 +104,7 @@ __device__ __forceinline__ void add_sparse(float (&sums)[kBatch], const LinearCa
     if (n < call.batch) sums[n] += value * to_float(x[int64_t{n} * call.weight.in_features]);
 }
 
-template <class T, int kBits, int kTiles, int kBatch>
+template <class T, int kBits, int kTiles, int kBatch, int kWarps>
 struct SharedMemory {
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kEntries = 1 << kBits;
@@ -113,16 +114,20 @@ struct SharedMemory {
   } tables[kTiles];
   float sums[kWarps][kBatch][kRows];
   // Of the tile in work and the next one.
-  T values[2][kRows][kEntries];
+  T values[2][kRows][kEntries + 2];  // two more, so that rows start in different banks
   int2 sparse_rows[2][kRows];
 };
 
-template <class T, int kBits, int kTiles, int kBatch, bool kVector>
-__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_kernel(const LinearCall call) {
+template <class T, int kBits, int kTiles, int kBatch, int kWarps, bool kVector>
+__global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(kTiles, kWarps))
+    small_batch_kernel(const LinearCall call) {
   using U = Unit<kBits>;
-  using Shared = SharedMemory<T, kBits, kTiles, kBatch>;
+  using Shared = SharedMemory<T, kBits, kTiles, kBatch, kWarps>;
+  constexpr int kThreads = kWarps * kWarpLanes;
   constexpr int kRows = Shared::kRows;
   constexpr int kEntries = Shared::kEntries;
+  constexpr int kWarpRows = kRows / kWarps;
+  constexpr int kSparseAhead = kLaneSparse / kWarpRows;
   constexpr int kSubloads = U::kLaneWords / 4;
   // With fewer than 8 activations a column each of the tensor core's takes every kSlices-th group of
   // a lane's weights, so that one load brings activations for all lanes.
@@ -133,7 +138,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
 
   const LutWeight& weight = call.weight;
   const int lane = threadIdx.x % kWarpLanes;
-  const int warp = threadIdx.x / kWarpLanes;
+  // The shuffle tells the compiler that a warp's lanes agree on it.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarpLanes, 0);
   const int last_row = weight.out_features - 1;
   const int tiles = (weight.out_features + kRows - 1) / kRows;
   const int words_per_row = static_cast<int>(weight.words_per_row);
@@ -141,35 +147,41 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
   const int rounds = (units + kWarps * U::kAhead - 1) / (kWarps * U::kAhead);
   const bool has_sparse = weight.crow_indices != nullptr;
 
-  // The loads' position: a tile and a round, ahead of the work's. Rows beyond the last are computed
-  // like it and not written.
-  const int lane_word = kBits == 3 ? lane % 4 * U::kLaneWords : lane % 4 * 4;
+  // The loads' position, ahead of the work's. Rows beyond the last are computed like it and not
+  // written.
+  const int lane_word = warp * U::kWords + lane % 4 * (kBits == 3 ? U::kLaneWords : 4);
   int load_tile = blockIdx.x;
   int load_round = 0;
-  int load_word;
+  int load_remaining;
   const uint32_t* load_rows[kTiles][2];
   auto begin_tile = [&] {
-    load_word = warp * U::kWords + lane_word;
+    load_remaining = load_tile < tiles ? words_per_row - lane_word : 0;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        load_rows[m][h] = weight.qweight + weight.words_per_row *
-                                               min(load_tile * kRows + m * kTileRows + h * 8 + lane / 4, last_row);
+      for (int h = 0; h < 2; ++h) {
+        const int row = min(load_tile * kRows + m * kTileRows + h * 8 + lane / 4, last_row);
+        load_rows[m][h] = weight.qweight + row * weight.words_per_row + lane_word;
+      }
   };
-  uint32_t words[U::kAhead][kTiles][2][kSubloads][4];
+  uint32_t words[U::kAhead][kTiles][2][kSubloads][4] = {};
   auto load_subload = [&](int ahead, int subload) {
-    const int word = load_word + ahead * kWarps * U::kWords + subload * 4;
-    const int remaining = load_tile < tiles ? words_per_row - word : 0;
+    const int word = ahead * kWarps * U::kWords + subload * 4;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        load_words<kVector, kBits == 3>(words[ahead][m][h][subload], load_rows[m][h] + word, remaining);
+        load_words<kVector, kBits == 3>(words[ahead][m][h][subload], load_rows[m][h] + word, load_remaining - word);
   };
   auto next_round = [&] {
-    load_word += kWarps * U::kAhead * U::kWords;
-    if (++load_round == rounds) {
+    constexpr int kRoundWords = kWarps * U::kAhead * U::kWords;
+    if (++load_round < rounds) {
+      load_remaining -= kRoundWords;
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) load_rows[m][h] += kRoundWords;
+    } else {
       load_round = 0;
       load_tile += gridDim.x;
       begin_tile();
@@ -177,13 +189,17 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
   };
 
   // A thread's share of the next tile's table and row pointers.
-  static_assert(kRows * kEntries <= kThreads);
-  float next_value = 0.0f;
+  constexpr int kThreadValues = (kRows * kEntries + kThreads - 1) / kThreads;
+  float next_values[kThreadValues] = {};
   int2 next_sparse_row = {0, 0};
   auto load_tile_data = [&](int tile) {
-    if (threadIdx.x < kRows * kEntries) {
-      const int row = min(tile * kRows + static_cast<int>(threadIdx.x) / kEntries, last_row);
-      next_value = load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + threadIdx.x % kEntries);
+    if (tile >= tiles) return;
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) {
+      const int position = i * kThreads + threadIdx.x;
+      if (position >= kRows * kEntries) break;
+      const int row = min(tile * kRows + position / kEntries, last_row);
+      next_values[i] = load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + position % kEntries);
     }
     if (has_sparse && threadIdx.x < kRows) {
       const int row = tile * kRows + threadIdx.x;
@@ -192,8 +208,12 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
     }
   };
   auto store_tile_data = [&](int buffer) {
-    if (threadIdx.x < kRows * kEntries)
-      shared.values[buffer][threadIdx.x / kEntries][threadIdx.x % kEntries] = from_float<T>(next_value);
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) {
+      const int position = i * kThreads + threadIdx.x;
+      if (position < kRows * kEntries)
+        shared.values[buffer][position / kEntries][position % kEntries] = from_float<T>(next_values[i]);
+    }
     if (has_sparse && threadIdx.x < kRows) shared.sparse_rows[buffer][threadIdx.x] = next_sparse_row;
   };
 
@@ -208,11 +228,14 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
 
   const int slice = lane / 4 / kBatch;
   const int column = lane / 4 % kBatch;
-  const T* x = static_cast<const T*>(call.x) + int64_t{column} * weight.in_features;
+  const int lane_k = lane % 4 * U::kLaneWeights + slice * 8;
+  const T* x = static_cast<const T*>(call.x) + int64_t{column} * weight.in_features + lane_k;
+  const int remaining_x = column < call.batch && slice < U::kGroups ? weight.in_features - lane_k : 0;
   const uint32_t lane_offset = lane * 4;
 
   int buffer = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
+    load_tile_data(tile + gridDim.x);
     __syncthreads();  // the last tile's tables are not in use any more, this one's values are there
     {
       const int row = threadIdx.x % kRows;
@@ -226,16 +249,14 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
             make_uint4(pair, pair, pair, pair);
       }
     }
-    const bool has_next = tile + static_cast<int>(gridDim.x) < tiles;
-    if (has_next) load_tile_data(tile + gridDim.x);
     // Column (low half) and value of the first entries of this warp's rows; a 32-bit column or value
     // is loaded when it is used.
-    uint32_t sparse_ahead[kTiles][kSparseAhead];
+    uint32_t sparse_ahead[kWarpRows][kSparseAhead];
     const bool packed_sparse = has_sparse && !weight.wide_columns && weight.values_dtype != DType::kFloat32;
     if (packed_sparse) {
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        const int2 row = shared.sparse_rows[buffer][m * kTileRows + warp];
+      for (int m = 0; m < kWarpRows; ++m) {
+        const int2 row = shared.sparse_rows[buffer][m * kWarps + warp];
 #pragma unroll
         for (int i = 0; i < kSparseAhead; ++i) {
           const int entry = row.x + i * kWarpLanes + lane;
@@ -247,41 +268,40 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
     }
     __syncthreads();
 
-    float products[kTiles][4] = {};
+    // Where registers allow two sums in turn, so that a product need not wait for the one before it.
+    constexpr int kSums = kBits == 4 && kTiles == 1 ? 2 : 1;
+    float products[kSums][kTiles][4] = {};
     for (int round = 0; round < rounds; ++round) {
 #pragma unroll
       for (int a = 0; a < U::kAhead; ++a) {
         const int unit = (round * U::kAhead + a) * kWarps + warp;
-        const bool present = unit < units;
-        const int unit_k = unit * U::kWeights + lane % 4 * U::kLaneWeights;
+        if (unit >= units) {
+#pragma unroll
+          for (int s = 0; s < kSubloads; ++s) load_subload(a, s);
+          continue;
+        }
+        const int k = unit * U::kWeights;
 #pragma unroll
         for (int load = 0; load < kLoads; ++load) {
-          uint4 loaded = make_uint4(0, 0, 0, 0);
-          if (present) {
-            const int group = load * kSlices + slice;
-            const int k = unit_k + group * 8;
-            const bool used = column < call.batch && group < U::kGroups;
-            loaded = load_activations<T, kVector>(x + k, used ? weight.in_features - k : 0);
-          }
+          const int ahead = k + load * kSlices * 8;
+          const uint4 loaded = load_activations<T, kVector>(x + ahead, remaining_x - ahead);
 #pragma unroll
           for (int i = load * kSlices; i < min((load + 1) * kSlices, U::kGroups); ++i) {
-            if (present) {
-              const bool mine = kSlices == 1 || slice == i % kSlices;
-              const uint4 b = {mine ? loaded.x : 0, mine ? loaded.y : 0, mine ? loaded.z : 0, mine ? loaded.w : 0};
+            const bool mine = kSlices == 1 || slice == i % kSlices;
+            const uint4 b = {mine ? loaded.x : 0, mine ? loaded.y : 0, mine ? loaded.z : 0, mine ? loaded.w : 0};
 #pragma unroll
-              for (int m = 0; m < kTiles; ++m) {
-                uint32_t pairs[2][4];
+            for (int m = 0; m < kTiles; ++m) {
+              uint32_t pairs[2][4];
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
+              for (int h = 0; h < 2; ++h)
 #pragma unroll
-                  for (int j = 0; j < 4; ++j) {
-                    const uint32_t offset = pair_offset<kBits>(words[a][m][h], 4 * i + j, lane_offset);
-                    pairs[h][j] = *reinterpret_cast<const uint32_t*>(
-                        reinterpret_cast<const unsigned char*>(&shared.tables[m]) + h * (kEntryBytes / 2) + offset);
-                  }
-                multiply_accumulate<T>(products[m], pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], b.x, b.y);
-                multiply_accumulate<T>(products[m], pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3], b.z, b.w);
-              }
+                for (int j = 0; j < 4; ++j) {
+                  const uint32_t offset = pair_offset<kBits>(words[a][m][h], 4 * i + j, lane_offset);
+                  pairs[h][j] = *reinterpret_cast<const uint32_t*>(
+                      memory + (m * sizeof(typename Shared::Table) + h * (kEntryBytes / 2)) + offset);
+                }
+              multiply_accumulate<T>(products[0][m], pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], b.x, b.y);
+              multiply_accumulate<T>(products[kSums - 1][m], pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3], b.z, b.w);
             }
             // Words whose last index was just used make room for those of a later unit.
             constexpr int kGroupBits = 8 * kBits;
@@ -298,8 +318,9 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float even = products[m][2 * h];
-        float odd = products[m][2 * h + 1];
+        float even = products[0][m][2 * h];
+        float odd = products[0][m][2 * h + 1];
+        if (kSums == 2) even += products[kSums - 1][m][2 * h], odd += products[kSums - 1][m][2 * h + 1];
         if (kBatch == 1) even += odd;
 #pragma unroll
         for (int distance = 2; distance * 2 >= (kBatch > 2 ? kBatch : 2) && kBatch < kColumns; distance /= 2) {
@@ -323,8 +344,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
         }
       };
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        const int2 row = shared.sparse_rows[buffer][m * kTileRows + warp];
+      for (int m = 0; m < kWarpRows; ++m) {
+        const int2 row = shared.sparse_rows[buffer][m * kWarps + warp];
         float lane_sums[kBatch] = {};
         if (packed_sparse) {
 #pragma unroll
@@ -345,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
 #pragma unroll 2
           for (int entry = begin; entry < row.y; entry += kWarpLanes) add_sparse<T, kBatch>(lane_sums, call, entry);
         }
-        add_warp_sum(lane_sums, m * kTileRows + warp);
+        add_warp_sum(lane_sums, m * kWarps + warp);
       }
       const int2 lane_row = lane < kRows ? shared.sparse_rows[buffer][lane] : int2{0, 0};
       uint32_t heavy = __ballot_sync(0xffffffff, lane_row.y - lane_row.x > kHeavyRow);
@@ -360,7 +381,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
         add_warp_sum(lane_sums, r);
       }
     }
-    if (has_next) store_tile_data(buffer ^ 1);
+    store_tile_data(buffer ^ 1);
     __syncthreads();
     for (int i = threadIdx.x; i < call.batch * kRows; i += kThreads) {
       const int n = i / kRows;
@@ -374,15 +395,15 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) small_batch_ker
   }
 }
 
-template <class T, int kBits, int kTiles, int kBatch, bool kVector>
+template <class T, int kBits, int kTiles, int kBatch, int kWarps, bool kVector>
 cudaError_t launch(const LinearCall& call) {
-  using Shared = SharedMemory<T, kBits, kTiles, kBatch>;
-  const auto kernel = small_batch_kernel<T, kBits, kTiles, kBatch, kVector>;
+  using Shared = SharedMemory<T, kBits, kTiles, kBatch, kWarps>;
+  const auto kernel = small_batch_kernel<T, kBits, kTiles, kBatch, kWarps, kVector>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
   const int tiles = (call.weight.out_features + Shared::kRows - 1) / Shared::kRows;
-  const int resident = (kTiles == 1 ? 2 : 1) * call.multiprocessors;
-  kernel<<<tiles < resident ? tiles : resident, kThreads, sizeof(Shared), call.stream>>>(call);
+  const int resident = blocks_per_multiprocessor(kTiles, kWarps) * call.multiprocessors;
+  kernel<<<tiles < resident ? tiles : resident, kWarps * kWarpLanes, sizeof(Shared), call.stream>>>(call);
   return cudaGetLastError();
 }
 
@@ -392,11 +413,17 @@ template <class T, int kBits>
 cudaError_t launch_batch(const LinearCall& call) {
   const bool vector = aligned(call.x) && aligned(call.weight.qweight) && call.weight.in_features % 8 == 0 &&
                       call.weight.words_per_row % 4 == 0;
-  if (call.batch == 1) return vector ? launch<T, kBits, 1, 1, true>(call) : launch<T, kBits, 1, 1, false>(call);
-  if (!vector) return launch<T, kBits, 1, kColumns, false>(call);
-  if (call.batch == 2) return launch<T, kBits, 1, 2, true>(call);
-  if (call.batch <= 4) return launch<T, kBits, 2, 4, true>(call);
-  return launch<T, kBits, 2, kColumns, true>(call);
+  if (!vector) return call.batch == 1 ? launch<T, kBits, 1, 1, 16, false>(call) : launch<T, kBits, 2, 8, 16, false>(call);
+  if (call.batch <= 2) {
+    // Blocks of 8 warps overlap each other's phases better, if there are tiles for four of them and
+    // their tables fit.
+    if constexpr (kBits < 4) {
+      if (call.weight.out_features > 3 * kTileRows * call.multiprocessors)
+        return call.batch == 1 ? launch<T, kBits, 1, 1, 8, true>(call) : launch<T, kBits, 1, 2, 8, true>(call);
+    }
+    return call.batch == 1 ? launch<T, kBits, 1, 1, 16, true>(call) : launch<T, kBits, 1, 2, 16, true>(call);
+  }
+  return call.batch <= 4 ? launch<T, kBits, 2, 4, 16, true>(call) : launch<T, kBits, 2, 8, 16, true>(call);
 }
 
 template <class T>
