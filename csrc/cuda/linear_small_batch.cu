@@ -173,6 +173,18 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       for (int h = 0; h < 2; ++h)
         load_words<kVector, kBits == 3>(words[ahead][m][h][subload], load_rows[m][h] + word, load_remaining - word);
   };
+  // Registers hold too few words to cover the memory's latency: the lines of the round after the
+  // loads' are brought into L2, one by each of a part of the block's threads.
+  constexpr int kLineWords = 32;
+  constexpr int kRoundLines = kWarps * U::kAhead * U::kWords / kLineWords;
+  auto prefetch_round = [&](int tile, int round) {
+    const int row = tile * kRows + threadIdx.x % kRows;
+#pragma unroll
+    for (int line = threadIdx.x / kRows; line < kRoundLines; line += kThreads / kRows) {
+      const int word = (round * kRoundLines + line) * kLineWords;
+      if (word < words_per_row && row <= last_row) prefetch_l2(weight.qweight + row * weight.words_per_row + word);
+    }
+  };
   auto next_round = [&] {
     constexpr int kRoundWords = kWarps * U::kAhead * U::kWords;
     if (++load_round < rounds) {
@@ -185,6 +197,11 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       load_round = 0;
       load_tile += gridDim.x;
       begin_tile();
+    }
+    if (load_round + 1 < rounds) {
+      prefetch_round(load_tile, load_round + 1);
+    } else {
+      prefetch_round(load_tile + gridDim.x, 0);
     }
   };
 
@@ -238,15 +255,19 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
     load_tile_data(tile + gridDim.x);
     __syncthreads();  // the last tile's tables are not in use any more, this one's values are there
     {
+      // A thread writes entries of one row with the same low index, and high indices in a row.
+      constexpr int kThreadPairs = U::kPairs * kRows > kThreads ? U::kPairs * kRows / kThreads : 1;
       const int row = threadIdx.x % kRows;
-      const uint16_t* values = reinterpret_cast<const uint16_t*>(shared.values[buffer][row]);
+      const int low = threadIdx.x / kRows % kEntries;
+      const int high = threadIdx.x / (kRows * kEntries) * kThreadPairs;
+      if (high < kEntries) {
+        const uint16_t* values = reinterpret_cast<const uint16_t*>(shared.values[buffer][row]);
 #pragma unroll
-      for (int j = 0; j < (U::kPairs * kRows + kThreads - 1) / kThreads; ++j) {
-        const int e = j * (kThreads / kRows) + threadIdx.x / kRows;
-        if (U::kPairs * kRows % kThreads != 0 && e >= U::kPairs) break;
-        const uint32_t pair = values[e % kEntries] | uint32_t{values[e / kEntries]} << 16;
-        *reinterpret_cast<uint4*>(shared.tables[row / kTileRows].pairs[e][row / 8 % 2][row % 8]) =
-            make_uint4(pair, pair, pair, pair);
+        for (int j = 0; j < kThreadPairs; ++j) {
+          const uint32_t pair = values[low] | uint32_t{values[high + j]} << 16;
+          *reinterpret_cast<uint4*>(shared.tables[row / kTileRows].pairs[(high + j) * kEntries + low][row / 8 % 2][row % 8]) =
+              make_uint4(pair, pair, pair, pair);
+        }
       }
     }
     // Column (low half) and value of the first entries of this warp's rows; a 32-bit column or value
@@ -407,12 +428,9 @@ cudaError_t launch(const LinearCall& call) {
   return cudaGetLastError();
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 template <class T, int kBits>
 cudaError_t launch_batch(const LinearCall& call) {
-  const bool vector = aligned(call.x) && aligned(call.weight.qweight) && call.weight.in_features % 8 == 0 &&
-                      call.weight.words_per_row % 4 == 0;
+  const bool vector = is_aligned(call);
   if (!vector) return call.batch == 1 ? launch<T, kBits, 1, 1, 16, false>(call) : launch<T, kBits, 2, 8, 16, false>(call);
   if (call.batch <= 2) {
     // Blocks of 8 warps overlap each other's phases better, if there are tiles for four of them and

@@ -55,6 +55,9 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
   return out;
 }
 
+// Beyond, dequantizing is repaid by the library's matrix product.
+constexpr int64_t kFusedBatch = 256;
+
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
 bool fits(const LinearCall& call) {
   const int bits = call.weight.bits;
@@ -90,8 +93,11 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   }
   if (batch == 0 || out_features == 0) return torch::stable::new_empty(x, y_sizes);
 
-  if (batch > kSmallBatch || !fits(call)) {
-    // A 16-bit product of tables beyond fp16's range, or of unusual widths, goes through fp32.
+  const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  call.x = x_contiguous.const_data_ptr();
+  const bool small = batch <= kSmallBatch;
+  if (!fits(call) || batch > kFusedBatch || (!small && !is_aligned(call))) {
+    // A 16-bit product of tables beyond fp16's range goes through fp32.
     const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
     const ScalarType dtype = through_fp32 ? ScalarType::Float : x.scalar_type();
     const Tensor weight = dequantize_to(call.weight, x, dtype, call.stream);
@@ -99,12 +105,23 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     return torch::stable::to(linear(torch::stable::to(x, dtype), weight, bias_contiguous), x.scalar_type());
   }
   Tensor y = torch::stable::new_empty(x, y_sizes);
-  const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
   call.multiprocessors = multiprocessors(device);
   call.batch = static_cast<int>(batch);
-  call.x = x_contiguous.const_data_ptr();
   call.y = y.mutable_data_ptr();
-  check_launch(linear_small_batch(call));
+  if (small) {
+    check_launch(linear_small_batch(call));
+    return y;
+  }
+  const Tensor workspace =
+      torch::stable::new_empty(x, {linear_slices(call), batch, out_features}, ScalarType::Float);
+  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  std::optional<Tensor> transposed;
+  if (call.weight.crow_indices != nullptr) {
+    transposed = torch::stable::new_empty(x, {in_features, batch});
+    call.transposed_x = transposed->mutable_data_ptr();
+  }
+  check_launch(linear_tensor_core(call));
+  check_launch(finish_linear(call));
   return y;
 }
 

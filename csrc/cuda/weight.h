@@ -36,7 +36,8 @@ struct LinearCall {
   DType bias_dtype;
   DType dtype;
   int batch;
-  float* workspace;  // linear_workspace_floats(call) floats, null where that is 0
+  float* workspace;    // linear_tensor_core: [linear_slices(call), batch, out_features]
+  void* transposed_x;  // finish_linear with a sparse part: [in_features, batch] in the dtype of x
   int multiprocessors;
   cudaStream_t stream;
 };
@@ -50,9 +51,22 @@ struct DequantizeCall {
 
 // Each launches on the stream and returns the launch's error.
 cudaError_t dequantize(const DequantizeCall& call);
+// Batches 1 to kSmallBatch.
 cudaError_t linear_small_batch(const LinearCall& call);
+// Any batch, to be followed by finish_linear; only where is_aligned(call).
+cudaError_t linear_tensor_core(const LinearCall& call);
+cudaError_t finish_linear(const LinearCall& call);
 
-// Largest batch of linear_small_batch.
 constexpr int kSmallBatch = 8;
+
+// Into how many slices of the columns linear_tensor_core divides the work.
+int64_t linear_slices(const LinearCall& call);
+
+// Whether rows of weights and activations can be read 16 bytes at a time.
+inline bool is_aligned(const LinearCall& call) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return aligned(call.x) && aligned(call.weight.qweight) && call.weight.in_features % 8 == 0 &&
+         call.weight.words_per_row % 4 == 0;
+}
 
 }  // namespace squeezellm_hf::cuda
