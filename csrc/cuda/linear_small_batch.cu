@@ -9,6 +9,7 @@
 //
 // What a tile needs (weights, table, sparse entries) is loaded while the previous one is worked on.
 #include "common.cuh"
+#include <cstdlib>
 
 namespace squeezellm_hf::cuda {
 namespace {
@@ -37,7 +38,9 @@ struct Unit {
 
 // Words beyond the row stay as they were: they select some value, which meets an activation of zero.
 // 32 warps of 64 registers a thread, or 16 of 128 where a warp has two tiles.
-constexpr int blocks_per_multiprocessor(int tiles, int warps) { return 32 / tiles / warps; }
+constexpr int blocks_per_multiprocessor(int bits, int tiles, int warps) {
+  return bits == 4 && warps == 8 ? 3 : 32 / tiles / warps;
+}
 
 template <bool kVector, bool kSectorsShared>
 __device__ __forceinline__ void load_words(uint32_t (&words)[4], const uint32_t* source, int remaining) {
@@ -119,7 +122,7 @@ struct SharedMemory {
 };
 
 template <class T, int kBits, int kTiles, int kBatch, int kWarps, bool kVector>
-__global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(kTiles, kWarps))
+__global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(kBits, kTiles, kWarps))
     small_batch_kernel(const LinearCall call) {
   using U = Unit<kBits>;
   using Shared = SharedMemory<T, kBits, kTiles, kBatch, kWarps>;
@@ -423,7 +426,7 @@ cudaError_t launch(const LinearCall& call) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
   const int tiles = (call.weight.out_features + Shared::kRows - 1) / Shared::kRows;
-  const int resident = blocks_per_multiprocessor(kTiles, kWarps) * call.multiprocessors;
+  const int resident = blocks_per_multiprocessor(kBits, kTiles, kWarps) * call.multiprocessors;
   kernel<<<tiles < resident ? tiles : resident, kWarps * kWarpLanes, sizeof(Shared), call.stream>>>(call);
   return cudaGetLastError();
 }
@@ -435,8 +438,8 @@ cudaError_t launch_batch(const LinearCall& call) {
   if (call.batch <= 2) {
     // Blocks of 8 warps overlap each other's phases better, if there are tiles for four of them and
     // their tables fit.
-    if constexpr (kBits < 4) {
-      if (call.weight.out_features > 3 * kTileRows * call.multiprocessors)
+    if constexpr (kBits < 5) {
+      if (getenv("SQ8") ? getenv("SQ8")[0] == '1' : call.weight.out_features > 3 * kTileRows * call.multiprocessors)
         return call.batch == 1 ? launch<T, kBits, 1, 1, 8, true>(call) : launch<T, kBits, 1, 2, 8, true>(call);
     }
     return call.batch == 1 ? launch<T, kBits, 1, 1, 16, true>(call) : launch<T, kBits, 1, 2, 16, true>(call);

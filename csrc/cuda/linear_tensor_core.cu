@@ -23,6 +23,8 @@ constexpr int kChunkBytes = 16;
 template <int kBatch>
 constexpr int kStages = kBatch <= 64 ? 4 : 3;
 
+constexpr int blocks_per_multiprocessor(int batch) { return batch <= 16 ? 3 : batch <= 64 ? 2 : 1; }
+
 template <int kBits>
 struct Packed {
   static constexpr int kRowBytes = kStageK * kBits / 8;
@@ -44,8 +46,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // Copies 16 bytes to shared memory in the background; zeros if not `valid`.
-__device__ __forceinline__ void copy_chunk(void* target, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
+__device__ __forceinline__ void copy_chunk(uint32_t target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                "r"(valid ? kChunkBytes : 0));
 }
 
@@ -147,7 +149,7 @@ __device__ __forceinline__ void load_indices(uint32_t (&words)[kBits], const uns
 }
 
 template <class T, int kBits, int kBatch>
-__global__ void __launch_bounds__(kThreads, kBatch <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
     tensor_core_kernel(const LinearCall call, int stages_per_slice) {
   using P = Packed<kBits>;
   constexpr int kDepth = kStages<kBatch>;
@@ -164,28 +166,50 @@ __global__ void __launch_bounds__(kThreads, kBatch <= 64 ? 2 : 1)
   const int all_stages = (weight.in_features + kStageK - 1) / kStageK;
   const int stage_count = min(stages_per_slice, all_stages - first_stage);
 
-  auto load_stage = [&](int s) {
-    Stage<kBits, kBatch>& stage = stages[s % kDepth];
-    const int position = first_stage + s;
-    const int words_per_row = static_cast<int>(weight.words_per_row);
+  // A thread copies the same chunks of every stage, of weights and of activations; their addresses
+  // move on with the stages, and a chunk beyond the row's end, or of no row, becomes zeros.
+  constexpr int kWeightChunks = (kRows * P::kRowChunks + kThreads - 1) / kThreads;
+  constexpr int kLineChunks = kStageK / 8;
+  constexpr int kXChunks = kBatch * kLineChunks / kThreads;
+  constexpr int kXRows = kThreads / kLineChunks;  // between two of a thread's chunks
+  static_assert(kXRows % 8 == 0, "a thread's chunks have one place in the permuted lines");
+  const uint32_t* weight_source[kWeightChunks];
+  uint32_t weight_target[kWeightChunks];
+  int weight_words[kWeightChunks];  // left in the row
 #pragma unroll
-    for (int c = threadIdx.x; c < kRows * P::kRowChunks; c += kThreads) {
-      const int row = c / P::kRowChunks;
-      const int word = position * (P::kRowBytes / 4) + c % P::kRowChunks * 4;
-      const uint32_t* source = weight.qweight + min(first_row + row, last_row) * weight.words_per_row;
-      copy_chunk(&stage.weights[row][c % P::kRowChunks * kChunkBytes], source + (word < words_per_row ? word : 0),
-                 word < words_per_row);
-    }
-    const T* x = static_cast<const T*>(call.x);
+  for (int i = 0; i < kWeightChunks; ++i) {
+    const int c = i * kThreads + threadIdx.x;
+    const int chunk_row = c / P::kRowChunks;
+    const int word = first_stage * (P::kRowBytes / 4) + c % P::kRowChunks * 4;
+    weight_source[i] = weight.qweight + min(first_row + chunk_row, last_row) * weight.words_per_row + word;
+    weight_words[i] = static_cast<int>(weight.words_per_row) - word;
+    weight_target[i] = shared_address(&stages[0].weights[chunk_row % kRows][c % P::kRowChunks * kChunkBytes]);
+  }
+  const int x_chunk = threadIdx.x % kLineChunks;
+  const int x_row = threadIdx.x / kLineChunks;
+  const int x_k = first_stage * kStageK + x_chunk * 8;
+  const T* x_source = static_cast<const T*>(call.x) + int64_t{first_column + x_row} * weight.in_features + x_k;
+  const uint32_t x_target = shared_address(&stages[0].x[x_chunk / 8][x_row][(x_chunk % 8 ^ x_row % 8) * kChunkBytes]);
+  int x_left = weight.in_features - x_k;
+  const int x_rows_left = call.batch - first_column - x_row;
+  auto load_stage = [&](int slot) {
+    const uint32_t offset = slot * static_cast<int>(sizeof(Stage<kBits, kBatch>));
 #pragma unroll
-    for (int c = threadIdx.x; c < kBatch * (kStageK / 8); c += kThreads) {
-      const int n = c / (kStageK / 8);
-      const int chunk = c % (kStageK / 8);
-      const int k = position * kStageK + chunk * 8;
-      const bool valid = first_column + n < call.batch && k < weight.in_features;
-      copy_chunk(&stage.x[chunk / 8][n][(chunk % 8 ^ n % 8) * kChunkBytes],
-                 valid ? x + int64_t{first_column + n} * weight.in_features + k : x, valid);
+    for (int i = 0; i < kWeightChunks; ++i) {
+      if (kRows * P::kRowChunks % kThreads != 0 && i * kThreads + threadIdx.x >= kRows * P::kRowChunks) break;
+      const bool valid = weight_words[i] > 0;
+      copy_chunk(weight_target[i] + offset, valid ? weight_source[i] : weight.qweight, valid);
+      weight_source[i] += P::kRowBytes / 4;
+      weight_words[i] -= P::kRowBytes / 4;
     }
+#pragma unroll
+    for (int i = 0; i < kXChunks; ++i) {
+      const bool valid = x_left > 0 && x_rows_left > i * kXRows;
+      const T* source = x_source + int64_t{i * kXRows} * weight.in_features;
+      copy_chunk(x_target + offset + i * kXRows * kAtomK * 2, valid ? source : static_cast<const T*>(call.x), valid);
+    }
+    x_source += kStageK;
+    x_left -= kStageK;
   };
 #pragma unroll
   for (int s = 0; s < kDepth - 1; ++s) {
@@ -203,9 +227,10 @@ __global__ void __launch_bounds__(kThreads, kBatch <= 64 ? 2 : 1)
   for (int s = 0; s < stage_count; ++s) {
     wait_for_copies<kDepth - 2>();
     __syncthreads();
-    if (s + kDepth - 1 < stage_count) load_stage(s + kDepth - 1);
+    if (s + kDepth - 1 < stage_count) load_stage((s + kDepth - 1) % kDepth);
     commit_copies();
     const Stage<kBits, kBatch>& stage = stages[s % kDepth];
+    const uint32_t lines = shared_address(&stage.x[0][lane / 16 * 8 + lane % 8][0]);
 #pragma unroll
     for (int part = 0; part < kStageK / 32; ++part) {
       uint32_t words[2][kBits];
@@ -219,8 +244,8 @@ __global__ void __launch_bounds__(kThreads, kBatch <= 64 ? 2 : 1)
           look_up<kBits>(tables[h], select_indices<kBits>(words[h], step, t), a[h][0], a[h][1]);
         const int k = part * 32 + step * 16;
         // Four 8 x 8 matrices: the columns n to n + 7 and the next 8, each at k and k + 8.
-        const int chunk = k % kAtomK / 8 + lane / 8 % 2;
-        const uint32_t x = shared_address(&stage.x[k / kAtomK][lane / 16 * 8 + lane % 8][(chunk ^ lane % 8) * kChunkBytes]);
+        const uint32_t chunk = (k % kAtomK / 8 + lane / 8 % 2) ^ lane % 8;
+        const uint32_t x = lines + k / kAtomK * (kBatch * kAtomK * 2) + chunk * kChunkBytes;
 #pragma unroll
         for (int n = 0; n < kBatch / 16; ++n) {
           const uint4 b = load_matrices(x + n * 16 * kAtomK * 2);
@@ -252,7 +277,7 @@ Slices slices(const LinearCall& call) {
   const int row_tiles = (call.weight.out_features + kRows - 1) / kRows;
   const int batch_tiles = (call.batch + 127) / 128;
   const int stages = (call.weight.in_features + kStageK - 1) / kStageK;
-  const int resident = (call.batch <= 64 ? 2 : 1) * call.multiprocessors;
+  const int resident = blocks_per_multiprocessor(call.batch) * call.multiprocessors;
   int count = resident / (row_tiles * batch_tiles);
   // A slice shorter than the stages in flight would be all start-up.
   const int most = stages / 4;

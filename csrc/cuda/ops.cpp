@@ -117,7 +117,7 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   std::optional<Tensor> transposed;
   if (call.weight.crow_indices != nullptr) {
-    transposed = torch::stable::new_empty(x, {in_features, batch});
+    transposed = torch::stable::new_empty(x, {in_features, transposed_batch(batch)});
     call.transposed_x = transposed->mutable_data_ptr();
   }
   check_launch(linear_tensor_core(call));

@@ -36,8 +36,9 @@ struct LinearCall {
   DType bias_dtype;
   DType dtype;
   int batch;
-  float* workspace;    // linear_tensor_core: [linear_slices(call), batch, out_features]
-  void* transposed_x;  // finish_linear with a sparse part: [in_features, batch] in the dtype of x
+  float* workspace;  // linear_tensor_core: [linear_slices(call), batch, out_features]
+  // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
+  void* transposed_x;
   int multiprocessors;
   cudaStream_t stream;
 };
@@ -61,6 +62,8 @@ constexpr int kSmallBatch = 8;
 
 // Into how many slices of the columns linear_tensor_core divides the work.
 int64_t linear_slices(const LinearCall& call);
+
+inline int64_t transposed_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
 
 // Whether rows of weights and activations can be read 16 bytes at a time.
 inline bool is_aligned(const LinearCall& call) {
