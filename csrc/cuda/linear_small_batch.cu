@@ -422,6 +422,9 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
 template <class T, int kBits, int kTiles, int kBatch, int kWarps, bool kVector>
 cudaError_t launch(const LinearCall& call) {
   using Shared = SharedMemory<T, kBits, kTiles, kBatch, kWarps>;
+  if constexpr (kTiles > 1) {
+    if (sizeof(Shared) > static_cast<size_t>(call.shared_memory)) return launch<T, kBits, 1, kBatch, kWarps, kVector>(call);
+  }
   const auto kernel = small_batch_kernel<T, kBits, kTiles, kBatch, kWarps, kVector>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;

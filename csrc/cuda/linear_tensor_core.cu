@@ -8,6 +8,7 @@
 //
 // The slices' sums go to a workspace; finish_linear adds them in a fixed order, with the sparse part.
 #include "common.cuh"
+#include "wgmma.cuh"
 
 namespace squeezellm_hf::cuda {
 namespace {
@@ -19,11 +20,10 @@ constexpr int kStageK = 128;
 constexpr int kAtomK = 64;  // activations of a 128-byte line
 constexpr int kChunkBytes = 16;
 
-// Stages in flight: about 30 KB of weights for each multiprocessor.
+// Stages in shared memory, and blocks of a multiprocessor: two times some 100 KB, or one block.
 template <int kBatch>
-constexpr int kStages = kBatch <= 64 ? 4 : 3;
-
-constexpr int blocks_per_multiprocessor(int batch) { return batch <= 16 ? 3 : batch <= 64 ? 2 : 1; }
+constexpr int kStages = kBatch <= 32 ? 4 : kBatch == 128 ? 2 : 3;
+constexpr int blocks_per_multiprocessor(int batch) { return batch <= 16 ? 3 : batch <= 128 ? 2 : 1; }
 
 template <int kBits>
 struct Packed {
@@ -58,7 +58,7 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
 }
 
-__device__ __forceinline__ uint4 load_matrices(uint32_t address) {
+[[maybe_unused]] __device__ __forceinline__ uint4 load_matrices(uint32_t address) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -148,6 +148,28 @@ __device__ __forceinline__ void load_indices(uint32_t (&words)[kBits], const uns
   }
 }
 
+// products += values x for 16 of k from `k` on; x as in Stage.
+template <class T, int kBatch>
+__device__ __forceinline__ void multiply_stage(float (&products)[kBatch / 8][4], const uint32_t (&values)[4],
+                                               const unsigned char (&x)[kBatch][kAtomK * 2], int k, int lane) {
+#ifdef SQUEEZELLM_HF_WGMMA
+  begin_products();
+  multiply_group<T, kBatch>(products, values, matrix_descriptor(shared_address(x) + k * 2));
+  commit_products();
+  wait_for_products<1>();
+#else
+  // Four 8 x 8 matrices: the columns n to n + 7 and the next 8, each at k and k + 8.
+  const int chunk = (k / 8 + lane / 8 % 2) ^ lane % 8;
+  const uint32_t address = shared_address(&x[lane / 16 * 8 + lane % 8][chunk * kChunkBytes]);
+#pragma unroll
+  for (int n = 0; n < kBatch / 16; ++n) {
+    const uint4 b = load_matrices(address + n * 16 * kAtomK * 2);
+    multiply_accumulate<T>(products[2 * n], values[0], values[1], values[2], values[3], b.x, b.y);
+    multiply_accumulate<T>(products[2 * n + 1], values[0], values[1], values[2], values[3], b.z, b.w);
+  }
+#endif
+}
+
 template <class T, int kBits, int kBatch>
 __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
     tensor_core_kernel(const LinearCall call, int stages_per_slice) {
@@ -226,11 +248,18 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
   float products[kBatch / 8][4] = {};
   for (int s = 0; s < stage_count; ++s) {
     wait_for_copies<kDepth - 2>();
+#ifdef SQUEEZELLM_HF_WGMMA
+    publish_shared();
+#endif
     __syncthreads();
     if (s + kDepth - 1 < stage_count) load_stage((s + kDepth - 1) % kDepth);
     commit_copies();
     const Stage<kBits, kBatch>& stage = stages[s % kDepth];
-    const uint32_t lines = shared_address(&stage.x[0][lane / 16 * 8 + lane % 8][0]);
+#ifdef SQUEEZELLM_HF_WGMMA
+    uint32_t a[2][4];  // one in use by the tensor core, one being filled
+#else
+    uint32_t a[1][4];
+#endif
 #pragma unroll
     for (int part = 0; part < kStageK / 32; ++part) {
       uint32_t words[2][kBits];
@@ -238,22 +267,17 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
       for (int h = 0; h < 2; ++h) load_indices<kBits>(words[h], &stage.weights[row + 8 * h][part * P::kWordsPer32 * 4]);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        uint32_t a[2][2];
+        auto& values = a[sizeof(a) / sizeof(a[0]) == 2 ? step : 0];
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          look_up<kBits>(tables[h], select_indices<kBits>(words[h], step, t), a[h][0], a[h][1]);
+          look_up<kBits>(tables[h], select_indices<kBits>(words[h], step, t), values[h], values[2 + h]);
         const int k = part * 32 + step * 16;
-        // Four 8 x 8 matrices: the columns n to n + 7 and the next 8, each at k and k + 8.
-        const uint32_t chunk = (k % kAtomK / 8 + lane / 8 % 2) ^ lane % 8;
-        const uint32_t x = lines + k / kAtomK * (kBatch * kAtomK * 2) + chunk * kChunkBytes;
-#pragma unroll
-        for (int n = 0; n < kBatch / 16; ++n) {
-          const uint4 b = load_matrices(x + n * 16 * kAtomK * 2);
-          multiply_accumulate<T>(products[2 * n], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
-          multiply_accumulate<T>(products[2 * n + 1], a[0][0], a[1][0], a[0][1], a[1][1], b.z, b.w);
-        }
+        multiply_stage<T, kBatch>(products, values, stage.x[k / kAtomK], k % kAtomK, lane);
       }
     }
+#ifdef SQUEEZELLM_HF_WGMMA
+    wait_for_products<0>();
+#endif
   }
 
   float* sums = call.workspace + int64_t{blockIdx.y} * call.batch * weight.out_features;
@@ -267,6 +291,9 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
     }
 }
 
+// Activations of the largest block. Beyond, the indices are turned into values once more for each.
+constexpr int kMostBatch = 256;
+
 // Slices of the columns that fill the multiprocessors, none of them empty.
 struct Slices {
   int count;
@@ -275,7 +302,7 @@ struct Slices {
 
 Slices slices(const LinearCall& call) {
   const int row_tiles = (call.weight.out_features + kRows - 1) / kRows;
-  const int batch_tiles = (call.batch + 127) / 128;
+  const int batch_tiles = (call.batch + kMostBatch - 1) / kMostBatch;
   const int stages = (call.weight.in_features + kStageK - 1) / kStageK;
   const int resident = blocks_per_multiprocessor(call.batch) * call.multiprocessors;
   int count = resident / (row_tiles * batch_tiles);
@@ -289,6 +316,11 @@ Slices slices(const LinearCall& call) {
 
 template <class T, int kBits, int kBatch>
 cudaError_t launch(const LinearCall& call) {
+  if constexpr (kBatch > 128) {
+    // Activations of a smaller block where shared memory is short.
+    if (kStages<kBatch> * sizeof(Stage<kBits, kBatch>) > static_cast<size_t>(call.shared_memory))
+      return launch<T, kBits, 128>(call);
+  }
   const auto kernel = tensor_core_kernel<T, kBits, kBatch>;
   constexpr int kSharedBytes = kStages<kBatch> * sizeof(Stage<kBits, kBatch>);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -304,7 +336,8 @@ cudaError_t launch_batch(const LinearCall& call) {
   if (call.batch <= 16) return launch<T, kBits, 16>(call);
   if (call.batch <= 32) return launch<T, kBits, 32>(call);
   if (call.batch <= 64) return launch<T, kBits, 64>(call);
-  return launch<T, kBits, 128>(call);
+  if (call.batch <= 128) return launch<T, kBits, 128>(call);
+  return launch<T, kBits, kMostBatch>(call);
 }
 
 template <class T>

@@ -30,10 +30,10 @@ void check_launch(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA kernel launch failed: ") + cudaGetErrorString(error));
 }
 
-int multiprocessors(int32_t device) {
-  int count = 0;
-  check_launch(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+int device_attribute(cudaDeviceAttr attribute, int32_t device) {
+  int value = 0;
+  check_launch(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
 }
 
 // y = x W^T + bias by torch's own matrix product, for a W in the dtype of x.
@@ -56,7 +56,7 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 }
 
 // Beyond, dequantizing is repaid by the library's matrix product.
-constexpr int64_t kFusedBatch = 256;
+constexpr int64_t kFusedBatch = 512;
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
 bool fits(const LinearCall& call) {
@@ -105,7 +105,8 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     return torch::stable::to(linear(torch::stable::to(x, dtype), weight, bias_contiguous), x.scalar_type());
   }
   Tensor y = torch::stable::new_empty(x, y_sizes);
-  call.multiprocessors = multiprocessors(device);
+  call.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  call.shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   call.batch = static_cast<int>(batch);
   call.y = y.mutable_data_ptr();
   if (small) {

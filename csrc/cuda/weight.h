@@ -40,6 +40,7 @@ struct LinearCall {
   // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
   void* transposed_x;
   int multiprocessors;
+  int shared_memory;  // bytes that a block may have
   cudaStream_t stream;
 };
 
