@@ -44,10 +44,6 @@ __device__ __forceinline__ uint4 load_streamed(const uint4* source) {
   return v;
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-}
-
 // (bits & mask) | base, which the compiler does not always find to be one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t bits, uint32_t mask, uint32_t base) {
   uint32_t result;

@@ -10,8 +10,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpLanes;
 constexpr int kTile = 32;   // of the transposition
-constexpr int kRows = 16;   // of a block
-constexpr int kBatch = 64;  // likewise
+constexpr int kRows = 8;    // of a block: one a warp
 constexpr int kVector = 8;  // batch rows of a lane: 16 bytes
 
 __global__ void __launch_bounds__(kThreads)
@@ -28,50 +27,62 @@ __global__ void __launch_bounds__(kThreads)
     if (n + lane < padded_batch && k + i < in_features) transposed[int64_t{k + i} * padded_batch + n + lane] = tile[lane][i];
 }
 
-// A warp takes a row's sparse values, several at a time, `lanes` lanes for the batch rows of each.
-template <class T>
-__device__ void add_sparse_row(float (&sums)[kVector], const LinearCall& call, int2 entries, const T* transposed,
-                               int padded_batch, int lanes, int lane) {
-#pragma unroll 4
-  for (int entry = entries.x + lane / lanes; entry < entries.y; entry += kWarpLanes / lanes) {
-    const float value = load_float(call.weight.values, call.weight.values_dtype, entry);
-    const int64_t line = int64_t{sparse_column(call.weight, entry)} * padded_batch;
-    const uint4 vector = __ldg(reinterpret_cast<const uint4*>(transposed + line + lane % lanes * kVector));
-    const T* x = reinterpret_cast<const T*>(&vector);
+// The sparse part of one row by a warp: the lanes load an entry each, then take 32 / kLanes entries at
+// a time, kLanes lanes for the batch rows of each. Every lane of a group ends up with the sums.
+template <class T, int kLanes>
+__device__ void add_sparse_row(float (&sums)[kVector], const LutWeight& weight, int2 entries, const T* transposed,
+                               int padded_batch, int lane) {
+  for (int first = entries.x; first < entries.y; first += kWarpLanes) {
+    const int entry = first + lane;
+    const bool present = entry < entries.y;
+    const int lane_column = present ? sparse_column(weight, entry) : 0;
+    const float lane_value = present ? load_float(weight.values, weight.values_dtype, entry) : 0.0f;
+    const int count = min(entries.y - first, kWarpLanes);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) sums[i] += value * to_float(x[i]);
+    for (int step = 0; step < kLanes; ++step) {
+      constexpr int kEntries = kWarpLanes / kLanes;
+      const int source = step * kEntries + lane / kLanes;
+      const int column = __shfl_sync(0xffffffff, lane_column, source);
+      const float value = __shfl_sync(0xffffffff, lane_value, source);
+      if (source >= count) continue;
+      const uint4 vector = __ldg(reinterpret_cast<const uint4*>(transposed + int64_t{column} * padded_batch));
+      const T* x = reinterpret_cast<const T*>(&vector);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sums[i] += value * to_float(x[i]);
+    }
   }
-  for (int distance = lanes; distance < kWarpLanes; distance *= 2)
+#pragma unroll
+  for (int distance = kLanes; distance < kWarpLanes; distance *= 2)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sums[i] += __shfl_xor_sync(0xffffffff, sums[i], distance);
 }
 
-template <class T>
+// kLanes lanes of 8 batch rows each.
+template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const LinearCall call, int slices, const T* transposed, int padded_batch) {
+  constexpr int kBatch = kLanes * kVector;
   __shared__ float sparse_sums[kBatch][kRows + 1];
   const LutWeight& weight = call.weight;
   const int lane = threadIdx.x % kWarpLanes;
   const int warp = threadIdx.x / kWarpLanes;
   const int first_row = blockIdx.x * kRows;
   const int first_column = blockIdx.y * kBatch;
-  const int columns = min(kBatch, call.batch - first_column);
   if (transposed != nullptr) {
-    int lanes = 1;
-    while (lanes * kVector < columns) lanes *= 2;
-    // Lanes beyond the padded batch repeat the last ones' work.
-    const int shift = min(lane % lanes * kVector, padded_batch - first_column - kVector) - lane % lanes * kVector;
-    for (int r = warp; r < kRows && first_row + r < weight.out_features; r += kWarps) {
+    if (first_row + warp < weight.out_features) {
+      // Lanes beyond the padded batch repeat the last ones' work.
+      const int column = first_column + lane % kLanes * kVector;
       float sums[kVector] = {};
-      add_sparse_row<T>(sums, call, sparse_row(weight, first_row + r), transposed + first_column + shift, padded_batch,
-                        lanes, lane);
-      if (lane < lanes && shift == 0) {
+      add_sparse_row<T, kLanes>(sums, weight, sparse_row(weight, first_row + warp),
+                                transposed + min(column, padded_batch - kVector), padded_batch, lane);
+      if (lane < kLanes) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) sparse_sums[lane * kVector + i][r] = sums[i];
+        for (int i = 0; i < kVector; ++i) sparse_sums[lane * kVector + i][warp] = sums[i];
       }
     }
     __syncthreads();
   }
+  const int columns = min(kBatch, call.batch - first_column);
   for (int i = threadIdx.x; i < columns * kRows; i += kThreads) {
     const int row = first_row + i % kRows;
     const int n = first_column + i / kRows;
@@ -84,6 +95,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <class T, int kLanes>
+void launch_finish(const LinearCall& call, int slices, int padded_batch) {
+  constexpr int kBatch = kLanes * kVector;
+  const dim3 grid((call.weight.out_features + kRows - 1) / kRows, (call.batch + kBatch - 1) / kBatch);
+  finish_kernel<T, kLanes><<<grid, kThreads, 0, call.stream>>>(call, slices, static_cast<const T*>(call.transposed_x),
+                                                               padded_batch);
+}
+
 template <class T>
 cudaError_t launch(const LinearCall& call, int slices) {
   const int padded_batch = static_cast<int>(transposed_batch(call.batch));
@@ -93,9 +112,13 @@ cudaError_t launch(const LinearCall& call, int slices) {
                                                          static_cast<uint16_t*>(call.transposed_x), call.batch,
                                                          padded_batch, call.weight.in_features);
   }
-  const dim3 grid((call.weight.out_features + kRows - 1) / kRows, (call.batch + kBatch - 1) / kBatch);
-  finish_kernel<T><<<grid, kThreads, 0, call.stream>>>(call, slices, static_cast<const T*>(call.transposed_x),
-                                                       padded_batch);
+  if (call.batch <= 2 * kVector) {
+    launch_finish<T, 2>(call, slices, padded_batch);
+  } else if (call.batch <= 4 * kVector) {
+    launch_finish<T, 4>(call, slices, padded_batch);
+  } else {
+    launch_finish<T, 8>(call, slices, padded_batch);
+  }
   return cudaGetLastError();
 }
 

@@ -176,18 +176,6 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       for (int h = 0; h < 2; ++h)
         load_words<kVector, kBits == 3>(words[ahead][m][h][subload], load_rows[m][h] + word, load_remaining - word);
   };
-  // Registers hold too few words to cover the memory's latency: the lines of the round after the
-  // loads' are brought into L2, one by each of a part of the block's threads.
-  constexpr int kLineWords = 32;
-  constexpr int kRoundLines = kWarps * U::kAhead * U::kWords / kLineWords;
-  auto prefetch_round = [&](int tile, int round) {
-    const int row = tile * kRows + threadIdx.x % kRows;
-#pragma unroll
-    for (int line = threadIdx.x / kRows; line < kRoundLines; line += kThreads / kRows) {
-      const int word = (round * kRoundLines + line) * kLineWords;
-      if (word < words_per_row && row <= last_row) prefetch_l2(weight.qweight + row * weight.words_per_row + word);
-    }
-  };
   auto next_round = [&] {
     constexpr int kRoundWords = kWarps * U::kAhead * U::kWords;
     if (++load_round < rounds) {
@@ -200,11 +188,6 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       load_round = 0;
       load_tile += gridDim.x;
       begin_tile();
-    }
-    if (load_round + 1 < rounds) {
-      prefetch_round(load_tile, load_round + 1);
-    } else {
-      prefetch_round(load_tile + gridDim.x, 0);
     }
   };
 
@@ -439,12 +422,11 @@ cudaError_t launch_batch(const LinearCall& call) {
   const bool vector = is_aligned(call);
   if (!vector) return call.batch == 1 ? launch<T, kBits, 1, 1, 16, false>(call) : launch<T, kBits, 2, 8, 16, false>(call);
   if (call.batch <= 2) {
-    // Blocks of 8 warps overlap each other's phases better, if there are tiles for four of them and
-    // their tables fit.
-    if constexpr (kBits < 5) {
-      if (getenv("SQ8") ? getenv("SQ8")[0] == '1' : call.weight.out_features > 3 * kTileRows * call.multiprocessors)
-        return call.batch == 1 ? launch<T, kBits, 1, 1, 8, true>(call) : launch<T, kBits, 1, 2, 8, true>(call);
-    }
+    // Measured: blocks of 8 warps overlap each other's phases better, those of 16 share tables that
+    // do not fit four times, and divide few long rows more evenly.
+    const bool many_tiles = call.weight.out_features > 3 * kTileRows * call.multiprocessors;
+    if (getenv("SQ8") ? getenv("SQ8")[0] == '1' : call.weight.in_features <= 8192 || (many_tiles && kBits < 4))
+      return call.batch == 1 ? launch<T, kBits, 1, 1, 8, true>(call) : launch<T, kBits, 1, 2, 8, true>(call);
     return call.batch == 1 ? launch<T, kBits, 1, 1, 16, true>(call) : launch<T, kBits, 1, 2, 16, true>(call);
   }
   return call.batch <= 4 ? launch<T, kBits, 2, 4, 16, true>(call) : launch<T, kBits, 2, 8, 16, true>(call);

@@ -58,7 +58,7 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
 }
 
-[[maybe_unused]] __device__ __forceinline__ uint4 load_matrices(uint32_t address) {
+__device__ __forceinline__ uint4 load_matrices(uint32_t address) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -148,16 +148,24 @@ __device__ __forceinline__ void load_indices(uint32_t (&words)[kBits], const uns
   }
 }
 
+// Whether the tensor core of compute capability 9.0 reads the activations from shared memory itself.
+// That pays when there are many; few are loaded faster than a warpgroup's products are awaited.
+template <int kBatch>
+constexpr bool kInBackground = kBatch > 32;
+
 // products += values x for 16 of k from `k` on; x as in Stage.
 template <class T, int kBatch>
 __device__ __forceinline__ void multiply_stage(float (&products)[kBatch / 8][4], const uint32_t (&values)[4],
                                                const unsigned char (&x)[kBatch][kAtomK * 2], int k, int lane) {
 #ifdef SQUEEZELLM_HF_WGMMA
-  begin_products();
-  multiply_group<T, kBatch>(products, values, matrix_descriptor(shared_address(x) + k * 2));
-  commit_products();
-  wait_for_products<1>();
-#else
+  if constexpr (kInBackground<kBatch>) {
+    begin_products();
+    multiply_group<T, kBatch>(products, values, matrix_descriptor(shared_address(x) + k * 2));
+    commit_products();
+    wait_for_products<1>();
+    return;
+  }
+#endif
   // Four 8 x 8 matrices: the columns n to n + 7 and the next 8, each at k and k + 8.
   const int chunk = (k / 8 + lane / 8 % 2) ^ lane % 8;
   const uint32_t address = shared_address(&x[lane / 16 * 8 + lane % 8][chunk * kChunkBytes]);
@@ -167,7 +175,6 @@ __device__ __forceinline__ void multiply_stage(float (&products)[kBatch / 8][4],
     multiply_accumulate<T>(products[2 * n], values[0], values[1], values[2], values[3], b.x, b.y);
     multiply_accumulate<T>(products[2 * n + 1], values[0], values[1], values[2], values[3], b.z, b.w);
   }
-#endif
 }
 
 template <class T, int kBits, int kBatch>
@@ -249,17 +256,13 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
   for (int s = 0; s < stage_count; ++s) {
     wait_for_copies<kDepth - 2>();
 #ifdef SQUEEZELLM_HF_WGMMA
-    publish_shared();
+    if constexpr (kInBackground<kBatch>) publish_shared();
 #endif
     __syncthreads();
     if (s + kDepth - 1 < stage_count) load_stage((s + kDepth - 1) % kDepth);
     commit_copies();
     const Stage<kBits, kBatch>& stage = stages[s % kDepth];
-#ifdef SQUEEZELLM_HF_WGMMA
     uint32_t a[2][4];  // one in use by the tensor core, one being filled
-#else
-    uint32_t a[1][4];
-#endif
 #pragma unroll
     for (int part = 0; part < kStageK / 32; ++part) {
       uint32_t words[2][kBits];
@@ -267,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
       for (int h = 0; h < 2; ++h) load_indices<kBits>(words[h], &stage.weights[row + 8 * h][part * P::kWordsPer32 * 4]);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        auto& values = a[sizeof(a) / sizeof(a[0]) == 2 ? step : 0];
+        auto& values = a[step];
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           look_up<kBits>(tables[h], select_indices<kBits>(words[h], step, t), values[h], values[2 + h]);
@@ -276,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
       }
     }
 #ifdef SQUEEZELLM_HF_WGMMA
-    wait_for_products<0>();
+    if constexpr (kInBackground<kBatch>) wait_for_products<0>();
 #endif
   }
 

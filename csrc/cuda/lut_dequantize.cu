@@ -12,34 +12,39 @@ constexpr int kBlockWeights = kThreads * kRun * kRunsPerThread;  // of one row
 template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const LutWeight weight, T* out, bool vector_stores) {
   constexpr int kEntries = 1 << kBits;
+  // A run is kBits bytes that start on a byte: at most so many words.
+  constexpr int kRunWords = kBits % 4 == 0 ? kBits / 4 : (kBits * kRun + 24 + 31) / 32;
   __shared__ T table[kEntries];
   const int row = blockIdx.y + gridDim.y * blockIdx.z;
   if (row >= weight.out_features) return;
-  for (int i = threadIdx.x; i < kEntries; i += kThreads)
-    table[i] = from_float<T>(load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + i));
-  __syncthreads();
-
   const int in_features = weight.in_features;
   const uint32_t* words = weight.qweight + row * weight.words_per_row;
   T* out_row = out + int64_t{row} * in_features;
   const int64_t block_begin = int64_t{blockIdx.x} * kBlockWeights;
+
+  // All loads first, the table's among them.
+  uint32_t runs[kRunsPerThread][kRunWords + 1];
+#pragma unroll
+  for (int r = 0; r < kRunsPerThread; ++r) {
+    const int64_t first_word = (block_begin + (r * kThreads + threadIdx.x) * kRun) * kBits / 32;
+#pragma unroll
+    for (int i = 0; i < kRunWords; ++i)
+      runs[r][i] = first_word + i < weight.words_per_row ? __ldg(words + first_word + i) : 0;
+    runs[r][kRunWords] = 0;
+  }
+  for (int i = threadIdx.x; i < kEntries; i += kThreads)
+    table[i] = from_float<T>(load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + i));
+  __syncthreads();
+
 #pragma unroll
   for (int r = 0; r < kRunsPerThread; ++r) {
     const int64_t begin = block_begin + (r * kThreads + threadIdx.x) * kRun;
     if (begin >= in_features) break;
-    // A run is kBits bytes that start on a byte: at most 3 words.
-    const int64_t first_bit = begin * kBits;
-    const int64_t first_word = first_bit / 32;
-    constexpr int kRunWords = kBits % 4 == 0 ? kBits / 4 : (kBits * kRun + 24 + 31) / 32;
-    uint32_t run[kRunWords + 1];
-#pragma unroll
-    for (int i = 0; i < kRunWords; ++i)
-      run[i] = first_word + i < weight.words_per_row ? __ldg(words + first_word + i) : 0;
-    run[kRunWords] = 0;
-    const uint32_t offset = first_bit % 32;
-    __align__(16) T values[kRun];
+    uint32_t(&run)[kRunWords + 1] = runs[r];
+    const uint32_t offset = begin * kBits % 32;
 #pragma unroll
     for (int i = 0; i < kRunWords; ++i) run[i] = __funnelshift_r(run[i], run[i + 1], offset);
+    __align__(16) T values[kRun];
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       const int word = i * kBits / 32;
