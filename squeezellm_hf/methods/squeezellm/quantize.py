@@ -13,9 +13,11 @@ from squeezellm_hf.methods.squeezellm.sparse import exact_residuals
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Cells clustered together. Prefix sums, sort and super-points need at most 1 KB a cell at 8 bits,
-# and about 120 bytes a cell at 4 bits.
-_CELLS = 1 << 19
+# Cells clustered together, for tables of up to _NARROW entries. On a CPU the temporaries (about
+# 100 bytes a cell at 4 bits) then stay near its caches.
+_CPU_CELLS = 1 << 17
+_DEVICE_CELLS = 1 << 21
+_NARROW = 64
 
 # What a kept cell without Fisher information counts, relative to the mean of its row: nothing
 # beside any other, but entries that are left over go to these cells.
@@ -23,6 +25,7 @@ _LEAST_WEIGHT = 1e-8
 
 # Differences of weights must be finite in bf16 and squares of them in fp64.
 _LARGEST_WEIGHT = 2.0**126
+_LARGEST_FISHER = torch.finfo(torch.float32).max
 
 
 def quantize_weight(
@@ -42,9 +45,9 @@ def quantize_weight(
     The table is rounded to its 16-bit dtype first and each weight assigned to the nearest rounded
     entry. Deterministic: the same input gives the same bytes.
 
-    Memory beyond the arguments and the result: about 5 bytes per cell of the matrix, and a working
-    set that does not grow with it (about 100 MB at up to 4 bits, 0.5 GB at 8 bits; a single row is
-    never split).
+    Memory beyond the arguments and the result: about 8 bytes per cell of the matrix, and a working
+    set that does not grow with it: on a CPU below 50 MB, 16 times that on other devices. (A row is
+    never split.)
 
     Args:
         weight: [out_features, in_features], fp32, bf16 or fp16, finite.
@@ -73,7 +76,8 @@ def quantize_weight(
     indices = torch.empty(weight.shape, dtype=torch.uint8, device=device)
     tables = torch.empty(out_features, 2**parameters.bits, dtype=dtype, device=device)
     residuals = torch.zeros(weight.shape, dtype=dtype, device=device)
-    step = max(1, _CELLS // in_features)
+    cells = _CPU_CELLS if device.type == "cpu" else _DEVICE_CELLS
+    step = max(1, cells // (in_features * max(1, 2**parameters.bits // _NARROW)))
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
         tables[rows], indices[rows], residuals[rows] = _quantize_rows(
@@ -152,10 +156,10 @@ def check_arguments(weight: Tensor, fisher: Tensor | None, name: str = "weight")
             f"got {fisher.dtype} {list(fisher.shape)}"
         )
     low, high = (float(bound) for bound in fisher.aminmax())
-    if not 0 <= low <= high < torch.inf:
+    if not 0 <= low <= high <= _LARGEST_FISHER:
         raise ValueError(
-            f"fisher of {name} must be finite and not negative, "
-            f"got {_first(fisher, ~((fisher >= 0) & (fisher < torch.inf)))}"
+            f"fisher of {name} must be finite in fp32 and not negative, "
+            f"got {_first(fisher, ~((fisher >= 0) & (fisher <= _LARGEST_FISHER)))}"
         )
 
 
