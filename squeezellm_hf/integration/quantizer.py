@@ -59,9 +59,6 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 self._run = prepare(model, self.quantization_config)
             return model
         records = self.quantization_config.records
-        files = kwargs.get("checkpoint_files")
-        if files:
-            check_files(files, records)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         for name, record in records.items():
             linear = _linear(model, name)
@@ -81,14 +78,21 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 device="meta",
             )
             model.set_submodule(name, layer)
+        if kwargs.get("checkpoint_files"):
+            check_files(kwargs["checkpoint_files"], records)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            for name in self.quantization_config.records:
+            for name, record in self.quantization_config.records.items():
                 layer = model.get_submodule(name)
                 layer.requires_grad_(False)
                 layer.check(f"{name}.")
+                if layer.nnz != record.nnz:
+                    raise ValueError(
+                        f"{name}.values must be [nnz={record.nnz}] as config.json says, "
+                        f"got [{layer.nnz}]"
+                    )
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
         else:
@@ -102,8 +106,9 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         saving.attach(model)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dtype = dtype or model.dtype
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if not isinstance(dtype, torch.dtype):
+            dtype = model.dtype  # save_pretrained turns the config's dtype into a string
         for name in list(self.quantization_config.records):
             layer = model.get_submodule(name)
             if isinstance(layer, SqueezeLLMLinear):
