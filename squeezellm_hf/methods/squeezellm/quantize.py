@@ -69,15 +69,14 @@ def quantize_weight(
             entries, or a negative Fisher entry.
     """
     check_arguments(weight, fisher, name)
-    out_features, in_features = weight.shape
+    out_features = weight.shape[0]
     removed = sparse_mask(weight, fisher, parameters)
     dtype = table_dtype(weight)
     device = weight.device
     indices = torch.empty(weight.shape, dtype=torch.uint8, device=device)
     tables = torch.empty(out_features, 2**parameters.bits, dtype=dtype, device=device)
     residuals = torch.zeros(weight.shape, dtype=dtype, device=device)
-    cells = _CPU_CELLS if device.type == "cpu" else _DEVICE_CELLS
-    step = max(1, cells // (in_features * max(1, 2**parameters.bits // _NARROW)))
+    step = cluster_step(weight, parameters.bits)
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
         tables[rows], indices[rows], residuals[rows] = _quantize_rows(
@@ -108,6 +107,12 @@ def _quantize_rows(
     row = removed.nonzero()[:, 0]
     indices[removed], residuals[removed] = exact_residuals(weight[removed], table[row], dtype)
     return table, indices, residuals
+
+
+def cluster_step(weight: Tensor, bits: int) -> int:
+    """Number of rows of ``weight`` that are clustered together."""
+    cells = _CPU_CELLS if weight.device.type == "cpu" else _DEVICE_CELLS
+    return max(1, cells // (weight.shape[1] * max(1, 2**bits // _NARROW)))
 
 
 def kmeans_input(weight: Tensor, fisher: Tensor | None, removed: Tensor) -> tuple[Tensor, Tensor]:
