@@ -92,13 +92,13 @@ def fastest_dtype() -> str:
     return str(min(seconds, key=seconds.__getitem__)).removeprefix("torch.")
 
 
-def _squeezellm(*arguments: object) -> None:
-    _run(Path(sys.executable).with_name("squeezellm"), *arguments)
+def _squeezellm(*arguments: object, capture: bool = False) -> None:
+    _run(Path(sys.executable).with_name("squeezellm"), *arguments, capture=capture)
 
 
 def _measured(command: str, *arguments: object, out: Path) -> list[dict[str, Any]]:
     """Run a command that measures, and return its rows: the original, then the widths."""
-    _squeezellm(command, *arguments, "--json", out)
+    _squeezellm(command, *arguments, "--json", out, capture=True)
     return list(json.loads(out.read_text())["rows"])
 
 
