@@ -11,10 +11,10 @@ measured.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters, quantize_weight
+from squeezellm_hf.methods.squeezellm.chunks import for_each_chunk
 from squeezellm_hf.methods.squeezellm.decompose import sparse_mask
 from squeezellm_hf.methods.squeezellm.kmeans import weighted_kmeans
-from squeezellm_hf.methods.squeezellm.quantize import cluster_step, kmeans_input
+from squeezellm_hf.methods.squeezellm.quantize import kmeans_input
 
 ROOT = Path(__file__).resolve().parents[1]
 KMEANS_ITERATIONS = 50
@@ -112,27 +113,24 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def chunks(
-    weight: Tensor, fisher: Tensor, parameters: SqueezeLLMParameters
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Values and weights of k-means as ``quantize_weight`` forms them."""
-    removed = sparse_mask(weight, fisher, parameters)
-    step = cluster_step(weight, parameters.bits)
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        yield kmeans_input(weight[rows].float(), fisher[rows], removed[rows])
+def cluster_rows(
+    weight: Tensor, fisher: Tensor, removed: Tensor, parameters: SqueezeLLMParameters, rows: slice
+) -> None:
+    values, weights = kmeans_input(weight[rows].float(), fisher[rows], removed[rows])
+    weighted_kmeans(values, weights, 2**parameters.bits, parameters.solver)
 
 
 def measure_speed(layers: Layers, parameters: SqueezeLLMParameters) -> Speed:
     """Cluster all layers, then quantize them from beginning to end."""
     kmeans_s = 0.0
     for weight, fisher in layers.values():
-        for values, weights in chunks(weight, fisher, parameters):
-            synchronize(values.device)
-            start = time.perf_counter()
-            weighted_kmeans(values, weights, 2**parameters.bits, parameters.solver)
-            synchronize(values.device)
-            kmeans_s += time.perf_counter() - start
+        removed = sparse_mask(weight, fisher, parameters)
+        task = functools.partial(cluster_rows, weight, fisher, removed, parameters)
+        synchronize(weight.device)
+        start = time.perf_counter()
+        for_each_chunk(weight, parameters.bits, task)
+        synchronize(weight.device)
+        kmeans_s += time.perf_counter() - start
     start = time.perf_counter()
     for weight, fisher in layers.values():
         quantize_weight(weight, fisher, parameters)

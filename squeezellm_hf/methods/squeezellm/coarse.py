@@ -91,7 +91,7 @@ def _subdivide(position: Tensor, edges: Tensor, parts: int) -> Tensor:
     after = position.gather(1, edges.clamp(max=last))
     before = position.gather(1, (edges - 1).clamp(min=0))
     bounds = 0.5 * after + 0.5 * before
-    step = torch.arange(parts, device=position.device) / parts
+    step = torch.arange(parts, dtype=position.dtype, device=position.device) / parts
     cuts = bounds[:, :-1, None] + bounds.diff(dim=1)[:, :, None] * step
     inner = torch.searchsorted(position, cuts.flatten(1))
     # Rounding must not carry a cut out of its cluster.
@@ -122,7 +122,7 @@ def _costs(rows: SortedRows, ends: Tensor) -> Tensor:
     torch.cumsum(_gain(weight.diff(dim=0), moment.diff(dim=0)), dim=0, out=own[1:])
     runs, count = own.shape[0] - 1, own.shape[1]
     before = [_starts(sums) for sums in (own, weight, moment)]
-    cost = torch.empty(runs, _LONGEST, count, device=own.device)
+    cost = torch.empty(runs, _LONGEST, count, dtype=torch.float32, device=own.device)
     # In blocks: the fp64 terms of all at once would not stay in a CPU's cache.
     for low in range(0, runs, _BLOCK):
         block = slice(low, low + _BLOCK)
@@ -162,7 +162,7 @@ def _best_partition(cost: Tensor, clusters: int) -> Tensor:
     runs, longest, count = cost.shape
     device = cost.device
     # best[j, longest - 1 + m]: the first m super-points in j clusters; inf where there is no way.
-    best = torch.full((clusters + 1, runs + longest, count), torch.inf, device=device)
+    best = cost.new_full((clusters + 1, runs + longest, count), torch.inf)
     best[0, longest - 1] = 0
     for cluster in range(1, clusters + 1):
         middle = cluster * runs // clusters

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from squeezellm_hf.formats.csr import csr_from_dense
-from squeezellm_hf.formats.packing import pack
+from squeezellm_hf.formats.packing import pack, packed_words
+from squeezellm_hf.methods.squeezellm.chunks import for_each_chunk
 from squeezellm_hf.methods.squeezellm.codebook import nearest_entry, table_dtype
 from squeezellm_hf.methods.squeezellm.config import SqueezeLLMParameters
 from squeezellm_hf.methods.squeezellm.decompose import sparse_mask
@@ -12,12 +13,6 @@ from squeezellm_hf.methods.squeezellm.kmeans import weighted_kmeans
 from squeezellm_hf.methods.squeezellm.sparse import exact_residuals
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Cells clustered together, for tables of up to _NARROW entries. On a CPU the temporaries (about
-# 100 bytes a cell at 4 bits) then stay near its caches.
-_CPU_CELLS = 1 << 17
-_DEVICE_CELLS = 1 << 21
-_NARROW = 64
 
 # What a kept cell without Fisher information counts, relative to the mean of its row: nothing
 # beside any other, but entries that are left over go to these cells.
@@ -28,6 +23,7 @@ _LARGEST_WEIGHT = 2.0**126
 _LARGEST_FISHER = torch.finfo(torch.float32).max
 
 
+@torch.no_grad()
 def quantize_weight(
     weight: Tensor,
     fisher: Tensor | None,
@@ -45,9 +41,8 @@ def quantize_weight(
     The table is rounded to its 16-bit dtype first and each weight assigned to the nearest rounded
     entry. Deterministic: the same input gives the same bytes.
 
-    Memory beyond the arguments and the result: about 8 bytes per cell of the matrix, and a working
-    set that does not grow with it: on a CPU below 50 MB, 16 times that on other devices. (A row is
-    never split.)
+    Memory beyond the arguments and the result: about 4 bytes per cell of the matrix, and a working
+    set that does not grow with it, on a CPU about 100 MB. (A row is never split.)
 
     Args:
         weight: [out_features, in_features], fp32, bf16 or fp16, finite.
@@ -73,20 +68,24 @@ def quantize_weight(
     removed = sparse_mask(weight, fisher, parameters)
     dtype = table_dtype(weight)
     device = weight.device
-    indices = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+    words = packed_words(weight.shape[1], parameters.bits)
+    qweight = torch.empty(out_features, words, dtype=torch.int32, device=device)
     tables = torch.empty(out_features, 2**parameters.bits, dtype=dtype, device=device)
     residuals = torch.zeros(weight.shape, dtype=dtype, device=device)
-    step = cluster_step(weight, parameters.bits)
-    for start in range(0, out_features, step):
-        rows = slice(start, start + step)
-        tables[rows], indices[rows], residuals[rows] = _quantize_rows(
+
+    @torch.no_grad()  # holds for one thread
+    def quantize_rows(rows: slice) -> None:
+        tables[rows], indices, residuals[rows] = _quantize_rows(
             weight[rows].float(),
             None if fisher is None else fisher[rows].float(),
             removed[rows],
             parameters,
             dtype,
         )
-    tensors = {"qweight": pack(indices, parameters.bits), "lookup_table": tables}
+        qweight[rows] = pack(indices, parameters.bits)
+
+    for_each_chunk(weight, parameters.bits, quantize_rows)
+    tensors = {"qweight": qweight, "lookup_table": tables}
     if bool(removed.any()):
         tensors |= csr_from_dense(removed, residuals)._asdict()
     return tensors
@@ -107,12 +106,6 @@ def _quantize_rows(
     row = removed.nonzero()[:, 0]
     indices[removed], residuals[removed] = exact_residuals(weight[removed], table[row], dtype)
     return table, indices, residuals
-
-
-def cluster_step(weight: Tensor, bits: int) -> int:
-    """Number of rows of ``weight`` that are clustered together."""
-    cells = _CPU_CELLS if weight.device.type == "cpu" else _DEVICE_CELLS
-    return max(1, cells // (weight.shape[1] * max(1, 2**bits // _NARROW)))
 
 
 def kmeans_input(weight: Tensor, fisher: Tensor | None, removed: Tensor) -> tuple[Tensor, Tensor]:

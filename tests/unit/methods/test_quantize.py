@@ -9,7 +9,7 @@ from squeezellm_hf.formats.csr import check_csr, decode_columns, row_indices
 from squeezellm_hf.formats.packing import packed_words, unpack
 from squeezellm_hf.methods.squeezellm import (
     SqueezeLLMParameters,
-    quantize,
+    chunks,
     quantize_weight,
     weighted_squared_error,
 )
@@ -105,10 +105,12 @@ def test_no_sparse_tensors_without_sparse_cells() -> None:
 def test_same_bytes_twice_and_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, fisher = example()
     parameters = SqueezeLLMParameters(3, 0.02, 0.01)
+    threads = torch.get_num_threads()
     first = quantize_weight(weight, fisher, parameters)
     again = quantize_weight(weight.clone(), fisher.clone(), parameters)
-    monkeypatch.setattr(quantize, "_CPU_CELLS", 200)
+    monkeypatch.setattr(chunks, "_CPU_CELLS", 200)
     chunked = quantize_weight(weight, fisher, parameters)
+    assert torch.get_num_threads() == threads
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name])
         assert torch.equal(tensor, chunked[name])
@@ -120,6 +122,26 @@ def test_arguments_are_left_alone() -> None:
     quantize_weight(weight, fisher, SqueezeLLMParameters())
     assert torch.equal(weight, before[0])
     assert torch.equal(fisher, before[1])
+
+
+def test_default_dtype_has_no_influence() -> None:
+    """Transformers changes it while it loads a model."""
+    weight, fisher = example()
+    before = quantize_weight(weight, fisher, SqueezeLLMParameters(3, 0.02, 0.01))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        after = quantize_weight(weight, fisher, SqueezeLLMParameters(3, 0.02, 0.01))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name])
+
+
+def test_parameters_of_a_model_leave_no_graph() -> None:
+    weight, fisher = example()
+    tensors = quantize_weight(torch.nn.Parameter(weight), fisher, SqueezeLLMParameters())
+    assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("solver", ["lloyd", "exact"])
