@@ -42,7 +42,7 @@ def quantize_weight(
     entry. Deterministic: the same input gives the same bytes.
 
     Memory beyond the arguments and the result: about 4 bytes per cell of the matrix, and a working
-    set that does not grow with it, on a CPU about 100 MB. (A row is never split.)
+    set that does not grow with it, on a CPU about 200 MB. (A row is never split.)
 
     Args:
         weight: [out_features, in_features], fp32, bf16 or fp16, finite.
