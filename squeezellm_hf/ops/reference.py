@@ -54,7 +54,6 @@ def dequantize_fp32(
     return weight
 
 
-@torch.library.impl(LUT_DEQUANTIZE, "CompositeExplicitAutograd")
 def lut_dequantize(
     qweight: Tensor,
     lookup_table: Tensor,
@@ -71,7 +70,6 @@ def lut_dequantize(
     return dequantize_fp32(qweight, lookup_table, *sparse, bits, in_features).to(dtype)
 
 
-@torch.library.impl(LUT_LINEAR, "CompositeExplicitAutograd")
 def lut_linear(
     x: Tensor,
     qweight: Tensor,
@@ -88,3 +86,8 @@ def lut_linear(
     weight = dequantize_fp32(qweight, lookup_table, *sparse, bits, x.shape[-1])
     bias = None if bias is None else bias.float()
     return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+
+
+# Not as decorators: those leave None behind instead of the function.
+torch.library.impl(LUT_DEQUANTIZE, "CompositeExplicitAutograd")(lut_dequantize)
+torch.library.impl(LUT_LINEAR, "CompositeExplicitAutograd")(lut_linear)
