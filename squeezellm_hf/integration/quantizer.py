@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from squeezellm_hf.integration import autoload, saving
 from squeezellm_hf.integration.checkpoint import check_files
@@ -99,7 +100,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             if self._run is None:
                 raise RuntimeError("the model was not preprocessed by this quantizer")
             model.to(quantization_device(self._device_map))
-            self._run.quantize(model)
+            self._run.quantize(model, progress=logging.is_progress_bar_enabled())
             self._run = None
             place(model, self._device_map)
             self.pre_quantized = True
