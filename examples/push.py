@@ -1,7 +1,7 @@
 """Put a quantized model on the Hub, with a model card that says how it was made.
 
-    hf auth login
-    python examples/push.py SmolLM2-135M-Instruct-3bit me/SmolLM2-135M-Instruct-SqueezeLLM-3bit
+hf auth login
+python examples/push.py SmolLM2-135M-Instruct-3bit me/SmolLM2-135M-Instruct-SqueezeLLM-3bit
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Quantize a model of the Hub to 3 bits while it is loaded, and save it.
 
-    python examples/quantize.py HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-135M-Instruct-3bit
+python examples/quantize.py HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-135M-Instruct-3bit
 """
 
 import sys

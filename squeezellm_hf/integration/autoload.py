@@ -62,7 +62,8 @@ def _warn(error: Exception) -> None:
     # Where warnings are errors (python -W error), not even this one may break the import.
     with contextlib.suppress(Exception):
         warnings.warn(
-            f"squeezellm_hf could not register with transformers ({type(error).__name__}: {error}); "
+            "squeezellm_hf could not register with transformers "
+            f"({type(error).__name__}: {error}); "
             "SqueezeLLM checkpoints will not load",
             RuntimeWarning,
             stacklevel=2,

@@ -23,6 +23,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: SqueezeLLMConfig
+    pre_quantized: bool
 
     def __init__(self, quantization_config: SqueezeLLMConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -48,7 +49,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         return weight_conversions
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """True for the tensors of a quantized checkpoint, so that we judge their shapes ourselves."""
+        """True for the tensors of a quantized checkpoint: we judge their shapes ourselves."""
         module = param_name.rpartition(".")[0]
         return self.pre_quantized and isinstance(model.get_submodule(module), SqueezeLLMLinear)
 

@@ -29,7 +29,7 @@ def _check(
         )
     sparse = (crow_indices, col_indices, values)
     if any(t is None for t in sparse) and not all(t is None for t in sparse):
-        raise ValueError("crow_indices, col_indices and values must be given together or not at all")
+        raise ValueError("crow_indices, col_indices and values must be given all or not at all")
     if crow_indices is not None and col_indices is not None and values is not None:
         csr.check_csr(
             crow_indices, col_indices, values, out_features=out_features, in_features=in_features
@@ -45,7 +45,7 @@ def dequantize_fp32(
     bits: int,
     in_features: int,
 ) -> Tensor:
-    """W[o, i] = lookup_table[o, index[o, i]] + sparse[o, i], in fp32 [out_features, in_features]."""
+    """W[o, i] = table[o, index[o, i]] + sparse[o, i], fp32 [out_features, in_features]."""
     indices = packing.unpack(qweight, bits, in_features).to(torch.int64)
     weight = lookup_table.float().gather(1, indices)
     if crow_indices is not None and col_indices is not None and values is not None:

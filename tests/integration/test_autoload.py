@@ -58,7 +58,8 @@ def test_pipeline_in_a_fresh_process(repository: Path) -> None:
 def test_it_can_be_switched_off(repository: Path) -> None:
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     registered = (
-        "from transformers.quantizers import auto; print('squeezellm' in auto.AUTO_QUANTIZER_MAPPING)"
+        "from transformers.quantizers import auto;"
+        "print('squeezellm' in auto.AUTO_QUANTIZER_MAPPING)"
     )
     assert python(registered, **off).stdout == "False\n"
     assert python(f"import squeezellm_hf; {registered}", **off).stdout == "True\n"

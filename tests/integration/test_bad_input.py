@@ -137,9 +137,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, token_ids: Tensor) -> Pa
     return path
 
 
-def tampered(
-    source: Path, target: Path, change: Callable[[dict[str, Tensor]], None]
-) -> Path:
+def tampered(source: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     shutil.copytree(source, target)
     file = target / "model.safetensors"
     tensors = load_file(file)
@@ -232,7 +230,7 @@ def with_config(source: Path, target: Path, change: Callable[[dict], None]) -> P
     [
         (lambda q: q.update(schema_version=99), "schema_version=99"),
         (lambda q: q.update(modules=None), "no modules"),
-        (lambda q: q["modules"].update({"model.layers.9.x": {"bits": 4}}), r"'model\.layers\.9\.x'"),
+        (lambda q: q["modules"].update({"model.layers.9.x": {"bits": 4}}), r"'model\.layers\.9"),
         (lambda q: q["modules"].update({"model.norm": {"bits": 4}}), "not a linear layer"),
         (lambda q: q["modules"][LAYER].update(bits=3), rf"{LAYER}\.qweight must be int32"),
         (lambda q: q["modules"][LAYER].update(nnz=1), rf"{LAYER}\.values must be \[nnz=1\]"),
