@@ -33,7 +33,8 @@ def calibrate_fisher(
 
     Args:
         model: a module, called as ``model(input_ids=, labels=, use_cache=False)``, whose result
-            has a ``.loss``, the mean token cross-entropy (every causal language model of Transformers does).
+            has a ``.loss``, the mean token cross-entropy, as every causal language model of
+            Transformers has.
         linears: the layers by name; their weights may lie on several devices.
         sequences: token ids, int64 [sequence_length] each.
         fisher: a sum to go on from, as returned by an earlier call, with ``first`` sequences in it.
