@@ -216,7 +216,7 @@ def print_speed(speeds: list[Speed]) -> None:
             f"{speed.quantize_s:.2f}",
             f"{speed.weights / 1e6 / speed.quantize_s:.1f}",
         )
-    Console(width=120).print(table)
+    Console(width=160).print(table)
 
 
 def print_quality(qualities: list[Quality]) -> None:
@@ -246,7 +246,7 @@ def print_quality(qualities: list[Quality]) -> None:
                 for n in n_inits
             ),
         )
-    Console(width=120).print(table)
+    Console(width=160).print(table)
 
 
 def main() -> None:

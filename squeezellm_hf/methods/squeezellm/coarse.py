@@ -17,11 +17,13 @@ from torch import Tensor
 
 from squeezellm_hf.methods.squeezellm.rows import SortedRows
 
-# Super-points per cluster, and the most of them that one cluster may take. More are closer to the
-# optimum and slower: docs/methods.md has the measurements.
+# Super-points per cluster, and per row at least. More are closer to the optimum and slower:
+# docs/methods.md has the measurements.
 _RUNS_PER_CLUSTER = 8
+_RUNS_PER_ROW = 128
+# The most super-points that one cluster may take, and how far from super-point m j the edge after
+# cluster j is looked for, where m super-points per cluster are 8; with more in proportion.
 _LONGEST = 28
-# The edge after cluster j lies near super-point 8 j; this far off it is still looked for.
 _REACH = 32
 # In a wide table the edges drift further: then the last result is cut into equal parts again.
 _WIDE = 16
@@ -35,7 +37,8 @@ _TINY = torch.finfo(torch.float64).tiny
 def coarse_edges(rows: SortedRows, clusters: int) -> Tensor:
     """The best partition of super-points, as edges between sorted points.
 
-    Time O(clusters * 65 * 28) per row; memory about 10 KB * clusters per row.
+    About 30,000 steps per row for up to 16 clusters, 3600 * clusters beyond; memory about 30 KB
+    per row, 2 KB * clusters beyond.
 
     Args:
         rows: R sorted rows of n >= 2 points.
@@ -45,7 +48,9 @@ def coarse_edges(rows: SortedRows, clusters: int) -> Tensor:
         int64 [R, clusters + 1], non-decreasing, first 0 and last n. Clusters may be empty.
     """
     count, points = rows.values.shape
-    parts = min(_RUNS_PER_CLUSTER, max(2, points // clusters))
+    parts = max(_RUNS_PER_CLUSTER, _RUNS_PER_ROW // clusters)
+    longest, reach = _LONGEST * parts // _RUNS_PER_CLUSTER, _REACH * parts // _RUNS_PER_CLUSTER
+    parts = min(parts, max(2, points // clusters))
     position = _positions(rows, parts * clusters)
     edges = torch.zeros(count, 2, dtype=torch.int64, device=rows.values.device)
     edges[:, 1] = points
@@ -53,7 +58,7 @@ def coarse_edges(rows: SortedRows, clusters: int) -> Tensor:
     for _ in range(_WIDE_PASSES if clusters > _WIDE else 1):
         if edges.shape[1] > 2:
             ends = _subdivide(position, edges, parts)
-        chosen = _best_partition(_costs(rows, ends), clusters)
+        chosen = _best_partition(_costs(rows, ends, longest), clusters, reach)
         edges = ends.gather(1, chosen.t())
     return edges
 
@@ -100,13 +105,13 @@ def _subdivide(position: Tensor, edges: Tensor, parts: int) -> Tensor:
     return torch.cat([inner.flatten(1), edges[:, -1:]], dim=1)
 
 
-def _costs(rows: SortedRows, ends: Tensor) -> Tensor:
+def _costs(rows: SortedRows, ends: Tensor, longest: int) -> Tensor:
     """Error of one cluster in place of its super-points, each with a mean of its own.
 
     That is the part of the squared error which depends on the partition.
 
     Returns:
-        fp32 [runs, _LONGEST, R], >= 0: entry (m, l) is for a cluster of ``_LONGEST - l``
+        fp32 [runs, longest, R], >= 0: entry (m, l) is for a cluster of ``longest - l``
         super-points of which m is the last. The rows come last, so that every step works on long
         vectors.
     """
@@ -121,8 +126,8 @@ def _costs(rows: SortedRows, ends: Tensor) -> Tensor:
     own = torch.zeros_like(moment)
     torch.cumsum(_gain(weight.diff(dim=0), moment.diff(dim=0)), dim=0, out=own[1:])
     runs, count = own.shape[0] - 1, own.shape[1]
-    before = [_starts(sums) for sums in (own, weight, moment)]
-    cost = torch.empty(runs, _LONGEST, count, dtype=torch.float32, device=own.device)
+    before = [_starts(sums, longest) for sums in (own, weight, moment)]
+    cost = torch.empty(runs, longest, count, dtype=torch.float32, device=own.device)
     # In blocks: the fp64 terms of all at once would not stay in a CPU's cache.
     for low in range(0, runs, _BLOCK):
         block = slice(low, low + _BLOCK)
@@ -139,22 +144,23 @@ def _gain(weight: Tensor, moment: Tensor) -> Tensor:
     return moment.square_().div_(weight.clamp_(min=_TINY))
 
 
-def _starts(sums: Tensor) -> Tensor:
+def _starts(sums: Tensor, longest: int) -> Tensor:
     """Sums before every run that can be the first of a cluster which ends with run m.
 
-    [runs + 1, R] -> [runs, _LONGEST, R]: entry (m, l) is the sum before run m + 1 - _LONGEST + l,
+    [runs + 1, R] -> [runs, longest, R]: entry (m, l) is the sum before run m + 1 - longest + l,
     or before the first run if there is no such run.
     """
-    padded = torch.cat([sums[:1].expand(_LONGEST - 1, -1), sums])
-    return padded.unfold(0, _LONGEST, 1)[:-1].permute(0, 2, 1)
+    padded = torch.cat([sums[:1].expand(longest - 1, -1), sums])
+    return padded.unfold(0, longest, 1)[:-1].permute(0, 2, 1)
 
 
-def _best_partition(cost: Tensor, clusters: int) -> Tensor:
+def _best_partition(cost: Tensor, clusters: int, reach: int) -> Tensor:
     """The partition of super-points with the least total cost.
 
     Args:
         cost: as :func:`_costs` gives it.
         clusters: the number of clusters.
+        reach: super-points by which an edge may be off equal spacing.
 
     Returns:
         int64 [clusters + 1, R]: the number of super-points before each edge.
@@ -166,7 +172,7 @@ def _best_partition(cost: Tensor, clusters: int) -> Tensor:
     best[0, longest - 1] = 0
     for cluster in range(1, clusters + 1):
         middle = cluster * runs // clusters
-        low, high = max(1, middle - _REACH), min(runs, middle + _REACH)
+        low, high = max(1, middle - reach), min(runs, middle + reach)
         if cluster == clusters:
             low = runs
         before = best[cluster - 1].unfold(0, longest, 1)[low - 1 : high].permute(0, 2, 1)
