@@ -13,7 +13,11 @@ from pathlib import Path
 def main() -> None:
     spec = importlib.util.find_spec("torch")
     candidates = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    places = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), site.getusersitepackages()]
+    places = [
+        sysconfig.get_path("platlib"),
+        sysconfig.get_path("purelib"),
+        site.getusersitepackages(),
+    ]
     candidates += [Path(place) / "torch" for place in places]
     for candidate in candidates:
         if (candidate / "include" / "torch").is_dir():

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import print as rich_print
 
 from squeezellm_hf.evaluation.report import Column, decimals, megabytes, percent, print_table
 
@@ -69,7 +68,7 @@ def main() -> None:
     ]
     print()
     print_table(rows, COLUMNS, f"{Path(model).name}: original and SqueezeLLM")
-    rich_print(f"[bold]{QUESTION}[/bold]")
+    print(QUESTION)
     for name, answer in answers.items():
         print(f"  {name:>8}: {' '.join(answer.split())}")
     print(f"\nDone in {time.monotonic() - start:.0f} s; the models are in {options.out}")
@@ -93,13 +92,13 @@ def fastest_dtype() -> str:
     return str(min(seconds, key=seconds.__getitem__)).removeprefix("torch.")
 
 
-def _squeezellm(*arguments: object) -> None:
-    _run(Path(sys.executable).with_name("squeezellm"), *arguments)
+def _squeezellm(*arguments: object, capture: bool = False) -> None:
+    _run(Path(sys.executable).with_name("squeezellm"), *arguments, capture=capture)
 
 
 def _measured(command: str, *arguments: object, out: Path) -> list[dict[str, Any]]:
     """Run a command that measures, and return its rows: the original, then the widths."""
-    _squeezellm(command, *arguments, "--json", out)
+    _squeezellm(command, *arguments, "--json", out, capture=True)
     return list(json.loads(out.read_text())["rows"])
 
 
@@ -110,7 +109,7 @@ def _answer(model: object) -> str:
 
 def _run(*command: object, capture: bool = False) -> str:
     words = [str(word) for word in command]
-    rich_print(f"[bold]$[/bold] {' '.join([Path(words[0]).name, *words[1:]])}", flush=True)
+    print("$", Path(words[0]).name, *words[1:], flush=True)
     stdout = subprocess.PIPE if capture else None
     result = subprocess.run(words, stdout=stdout, text=True, check=False)
     if result.returncode:

@@ -25,7 +25,7 @@ _HOMES = {
     "quantize_model": "squeezellm_hf.integration.in_memory",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 autoload.install()
 

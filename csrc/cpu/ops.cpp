@@ -89,8 +89,8 @@ Tensor lut_dequantize(const Tensor& qweight, const Tensor& lookup_table, const s
                       const std::optional<Tensor>& col_indices, const std::optional<Tensor>& values, int64_t bits,
                       int64_t in_features, ScalarType dtype) {
   DequantizeCall call{};
-  call.dtype = float_dtype("dtype", dtype);
   call.weight = check_weight(qweight, lookup_table, crow_indices, col_indices, values, bits, in_features);
+  call.dtype = float_dtype("dtype", dtype);
   Tensor weight = torch::stable::new_empty(lookup_table, {call.weight.out_features, in_features}, dtype);
   call.out = weight.mutable_data_ptr();
   const Kernels& kernels = active_kernels();

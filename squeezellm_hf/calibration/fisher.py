@@ -5,6 +5,7 @@ the gradient of the mean token cross-entropy of one sequence.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ AfterSequence = Callable[[int, Mapping[str, Tensor]], None]
 
 
 def calibrate_fisher(
-    model: nn.Module,
+    model: Any,
     linears: Mapping[str, nn.Linear],
     sequences: Sequence[Tensor],
     *,
@@ -31,8 +32,9 @@ def calibrate_fisher(
     backward pass has produced it.
 
     Args:
-        model: called as ``model(input_ids=, labels=, use_cache=False)``, must return ``.loss``,
-            the mean token cross-entropy (every causal language model of Transformers does).
+        model: a module, called as ``model(input_ids=, labels=, use_cache=False)``, whose result
+            has a ``.loss``, the mean token cross-entropy, as every causal language model of
+            Transformers has.
         linears: the layers by name; their weights may lie on several devices.
         sequences: token ids, int64 [sequence_length] each.
         fisher: a sum to go on from, as returned by an earlier call, with ``first`` sequences in it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,10 @@ class Command:
 
     def _tokenizer(self, config: SqueezeLLMConfig) -> Any:
         """Load the tokenizer before the model: without one there is nothing to begin."""
-        return self.loading.tokenizer(config.tokenizer or self.model)
+        if config.tokenizer is not None:
+            # Another repository: it has not the revisions of the model's.
+            return replace(self.loading, revision=None).tokenizer(config.tokenizer)
+        return self.loading.tokenizer(self.model)
 
     def _report(self, model: Any, seconds: float) -> None:
         size = model_footprint(model)

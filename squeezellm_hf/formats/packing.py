@@ -121,8 +121,11 @@ def check_qweight(qweight: Tensor, bits: int, in_features: int, name: str = "qwe
 def check_padding(qweight: Tensor, bits: int, in_features: int, name: str = "qweight") -> None:
     """Raise ValueError if a bit beyond the last index of a row is set."""
     used = in_features * bits % WORD_BITS
-    if used and qweight.numel() and bool(((qweight[:, -1] >> used) & (2 ** (WORD_BITS - used) - 1)).any()):
-        row = int(torch.nonzero((qweight[:, -1] >> used) & (2 ** (WORD_BITS - used) - 1))[0])
+    if not used or not qweight.numel():
+        return
+    beyond = (qweight[:, -1] >> used) & (2 ** (WORD_BITS - used) - 1)
+    if bool(beyond.any()):
+        row = int(beyond.nonzero()[0])
         raise ValueError(
             f"{name} holds bits beyond the last of in_features={in_features} indices in row {row}; "
             "the unused bits of a row's last word must be zero"

@@ -3,7 +3,9 @@
 Transformers has no plugin mechanism: a checkpoint whose ``quant_method`` is not registered is
 loaded with random weights and a warning. torch, on its own import, calls the entry points of the
 group ``torch.backends``; ours is :func:`install`, which watches for the import of
-``transformers.quantizers.auto`` and registers our quantizer right after it.
+``transformers.quantizers.auto`` and registers our quantizer right after it. (Where that module is
+what imports torch, it is too late to watch it, and ``transformers.modeling_utils``, without which
+no model is loaded, is the next chance.)
 
 It can be switched off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, then ``import squeezellm_hf`` does
 the same. It imports nothing heavy, and swallows every error: a broken installation of this
@@ -13,21 +15,19 @@ package must never break ``import torch`` or ``import transformers``.
 import contextlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
-WATCHED = "transformers.quantizers.auto"
+REGISTRY = "transformers.quantizers.auto"
+WATCHED = (REGISTRY, "transformers.modeling_utils")
 
 
 def install() -> None:
     """Register now if transformers' quantizers are imported already, otherwise once they are."""
     try:
-        module = sys.modules.get(WATCHED)
-        if module is not None and not _is_executing(module):
-            _register()
-        elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        if not _register() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
     except Exception as error:
         _warn(error)
@@ -37,7 +37,11 @@ def _is_executing(module: ModuleType) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
-def _register() -> None:
+def _register(executed: str | None = None) -> bool:
+    """Whether the time to register had come, now that the module ``executed`` is complete."""
+    registry = sys.modules.get(REGISTRY)
+    if registry is None or (_is_executing(registry) and executed != REGISTRY):
+        return False
     try:
         from squeezellm_hf.integration.register import register
 
@@ -51,13 +55,15 @@ def _register() -> None:
             if name.startswith("squeezellm_hf.integration.")
         ):
             _warn(error)
+    return True
 
 
 def _warn(error: Exception) -> None:
     # Where warnings are errors (python -W error), not even this one may break the import.
     with contextlib.suppress(Exception):
         warnings.warn(
-            f"squeezellm_hf could not register with transformers ({type(error).__name__}: {error}); "
+            "squeezellm_hf could not register with transformers "
+            f"({type(error).__name__}: {error}); "
             "SqueezeLLM checkpoints will not load",
             RuntimeWarning,
             stacklevel=2,
@@ -65,35 +71,39 @@ def _warn(error: Exception) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the watched module through the other finders, and wraps its loader."""
+    """Finds the watched modules through the other finders, and wraps their loaders."""
 
     def find_spec(
-        self, fullname: str, path: object = None, target: ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != WATCHED:
+        if fullname not in WATCHED:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
-        return spec
+        for finder in [finder for finder in sys.meta_path if finder is not self]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _RegisteringLoader(spec.loader, self)
+                return spec
+        return None
 
 
 class _RegisteringLoader(importlib.abc.Loader):
     """Executes the module with its own loader, then registers."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
         self.loader = loader
-
-    def __getattr__(self, name: str) -> object:
-        # get_source, get_filename, ...: whoever inspects the module finds its own loader's.
-        return getattr(self.loader, name)
+        self.finder = finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # Whoever inspects the module is to find its own loader.
+        spec = module.__spec__
+        if spec is not None:
+            spec.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self.loader
-        _register()
+        if _register(executed=module.__name__) and self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)

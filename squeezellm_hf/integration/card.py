@@ -8,7 +8,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.nn import SqueezeLLMLinear
 
+# Tells a card of ours, which the next save may replace, from one that a person wrote.
+MARKER = "<!-- Written by squeezellm_hf; remove this line to keep your changes. -->"
+
 _BODY = """
+{marker}
+
 # {title}
 
 {original} quantized with [SqueezeLLM](https://arxiv.org/abs/2306.07629): every weight of the
@@ -61,6 +66,7 @@ def model_card(model: Any, repository: str) -> ModelCard:
         tags=["squeezellm", "quantized"],
     )
     body = _BODY.format(
+        marker=MARKER,
         title=repository.rpartition("/")[2],
         repository=repository,
         original=f"[{original}](https://huggingface.co/{original})" if original else "A model",

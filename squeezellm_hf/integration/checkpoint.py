@@ -55,6 +55,8 @@ def check_files(files: Sequence[str], records: Mapping[str, ModuleRecord]) -> No
                 raise ValueError(
                     f"{module}.{kind} must have the dtype {' or '.join(allowed)}, got {found}"
                 )
+        if not record.nnz and f"{module}.values" in dtypes:
+            raise ValueError(f"{module}.values is in the checkpoint, but config.json says nnz=0")
 
 
 def _header_dtypes(files: Sequence[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ def quantization_device(device_map: Any) -> torch.device:
 
 
 def place(model: Any, device_map: Any) -> None:
-    """Put the quantized ``model``, which is on :func:`quantization_device`, as ``device_map`` says."""
+    """Put ``model``, which is on its :func:`quantization_device`, as ``device_map`` says."""
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         if torch.accelerator.device_count() < 2:
             return
@@ -34,9 +34,7 @@ def place(model: Any, device_map: Any) -> None:
             model, no_split_module_classes=split, low_zero=device_map == "balanced_low_0"
         )
         model.to("cpu")
-        device_map = infer_auto_device_map(
-            model, max_memory=memory, no_split_module_classes=split
-        )
+        device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=split)
     if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1:
         model.to("cpu")
         dispatch_model(model, device_map)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from squeezellm_hf.integration import autoload, saving
 from squeezellm_hf.integration.checkpoint import check_files
@@ -22,6 +23,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: SqueezeLLMConfig
+    pre_quantized: bool
 
     def __init__(self, quantization_config: SqueezeLLMConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -47,7 +49,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         return weight_conversions
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """True for the tensors of a quantized checkpoint, so that we judge their shapes ourselves."""
+        """True for the tensors of a quantized checkpoint: we judge their shapes ourselves."""
         module = param_name.rpartition(".")[0]
         return self.pre_quantized and isinstance(model.get_submodule(module), SqueezeLLMLinear)
 
@@ -59,9 +61,6 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 self._run = prepare(model, self.quantization_config)
             return model
         records = self.quantization_config.records
-        files = kwargs.get("checkpoint_files")
-        if files:
-            check_files(files, records)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         for name, record in records.items():
             linear = _linear(model, name)
@@ -81,29 +80,37 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 device="meta",
             )
             model.set_submodule(name, layer)
+        if kwargs.get("checkpoint_files"):
+            check_files(kwargs["checkpoint_files"], records)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            for name in self.quantization_config.records:
+            for name, record in self.quantization_config.records.items():
                 layer = model.get_submodule(name)
                 layer.requires_grad_(False)
                 layer.check(f"{name}.")
+                if layer.nnz != record.nnz:
+                    raise ValueError(
+                        f"{name}.values must be [nnz={record.nnz}] as config.json says, "
+                        f"got [{layer.nnz}]"
+                    )
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
         else:
             if self._run is None:
                 raise RuntimeError("the model was not preprocessed by this quantizer")
             model.to(quantization_device(self._device_map))
-            self._run.quantize(model)
+            self._run.quantize(model, progress=logging.is_progress_bar_enabled())
             self._run = None
             place(model, self._device_map)
             self.pre_quantized = True
         saving.attach(model)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dtype = dtype or model.dtype
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if not isinstance(dtype, torch.dtype):
+            dtype = model.dtype  # save_pretrained turns the config's dtype into a string
         for name in list(self.quantization_config.records):
             layer = model.get_submodule(name)
             if isinstance(layer, SqueezeLLMLinear):

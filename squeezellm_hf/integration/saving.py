@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from squeezellm_hf.integration.card import model_card
+from squeezellm_hf.integration.card import MARKER, model_card
 
 CARD = "README.md"
 
@@ -37,7 +37,7 @@ def save_pretrained(
     """``PreTrainedModel.save_pretrained``, to a temporary directory and then renamed.
 
     On an error (a full disk, a kill) ``save_directory`` holds what it held before. A README.md
-    that is there already is left alone.
+    that somebody wrote is left alone.
     """
     target = Path(save_directory)
     push = kwargs.pop("push_to_hub", False)
@@ -49,13 +49,17 @@ def save_pretrained(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         type(self).save_pretrained(self, staging, *args, **kwargs)
-        if not (target / CARD).exists():
+        if _may_write_card(target / CARD):
             model_card(self, target.name).save(staging / CARD)
         _replace_files(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if push:
         self.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
+
+
+def _may_write_card(path: Path) -> bool:
+    return not path.exists() or MARKER in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _replace_files(staging: Path, target: Path) -> None:

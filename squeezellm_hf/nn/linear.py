@@ -37,6 +37,13 @@ class SqueezeLLMLinear(nn.Module):
         bias: dtype [out_features], or None.
     """
 
+    qweight: nn.Parameter
+    lookup_table: nn.Parameter
+    crow_indices: nn.Parameter | None
+    col_indices: nn.Parameter | None
+    values: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -172,17 +179,16 @@ class SqueezeLLMLinear(nn.Module):
                 raise ValueError(f"{prefix}{name} must be float16 or bfloat16, got {tensor.dtype}")
             if not tensor.is_meta and not bool(tensor.isfinite().all()):
                 raise ValueError(f"{prefix}{name} holds values that are not finite")
-        missing = [name for name in SPARSE if getattr(self, name) is None]
-        if 0 < len(missing) < len(SPARSE):
-            raise ValueError(f"{prefix}{missing[0]} is missing beside the other sparse tensors")
+        sparse = [tensor for name in SPARSE if (tensor := getattr(self, name)) is not None]
+        if 0 < len(sparse) < len(SPARSE):
+            missing = next(name for name in SPARSE if getattr(self, name) is None)
+            raise ValueError(f"{prefix}{missing} is missing beside the other sparse tensors")
         if self.qweight.is_meta:
             return
         packing.check_padding(self.qweight, self.bits, self.in_features, f"{prefix}qweight")
-        if not missing:
+        if sparse:
             csr.check_csr(
-                self.crow_indices,
-                self.col_indices,
-                self.values,
+                *sparse,
                 out_features=self.out_features,
                 in_features=self.in_features,
                 prefix=prefix,

@@ -5,9 +5,10 @@ every device, ``autograd`` gives their derivatives, ``native`` loads the compile
 torch's dispatcher then prefers on their device.
 """
 
-from squeezellm_hf.ops import autograd, native, reference, schema  # noqa: F401  (register the ops)
+from squeezellm_hf.ops import autograd, native, reference, schema
 from squeezellm_hf.ops.functional import lut_dequantize, lut_linear
 
 native.load()
 
-__all__ = ["lut_dequantize", "lut_linear"]
+# The modules are named so that their import, which registers the ops, is not taken for unused.
+__all__ = ["autograd", "lut_dequantize", "lut_linear", "native", "reference", "schema"]

@@ -4,6 +4,7 @@ Environment:
     SQUEEZELLM_HF_NATIVE: ``0`` leaves the library alone; the PyTorch reference runs.
     SQUEEZELLM_HF_ISA: ``scalar``, ``avx2``, ``avx512`` or ``avx512_bf16`` forces an instruction
         set; a ValueError if the machine lacks it.
+    SQUEEZELLM_HF_LIBRARY: path of a library to load instead of the installed one.
 """
 
 import ctypes
@@ -14,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-_DIRECTORY = Path(__file__).parent
 _LIBRARY = "_native.so"
-_REASON = "native_missing.txt"
-_HOW = "Install a C++ compiler and torch, then reinstall with `pip install --no-deps squeezellm-hf`"
+_WHY_NOT_BUILT = "native_missing.txt"  # written by csrc/CMakeLists.txt
+_HOW = "To build it, reinstall squeezellm_hf where torch and a C++ compiler are"
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,35 @@ class NativeStatus:
 
 
 _handle: ctypes.CDLL | None = None
-_reason: str | None = "not loaded yet"
+_reason: str | None = None
 
 
-def _find() -> Path | None:
-    # An editable install keeps the library in site-packages and the Python files elsewhere.
+def _installed(name: str) -> Path | None:
+    """A file that the build installed beside this one, or None."""
+    # An editable install keeps built files in site-packages and Python files in the checkout; the
+    # package's path then has both.
     from squeezellm_hf import ops
 
-    for directory in (_DIRECTORY, *map(Path, ops.__path__)):
-        if (directory / _LIBRARY).is_file():
-            return directory / _LIBRARY
+    for directory in (Path(__file__).parent, *map(Path, ops.__path__)):
+        if (directory / name).is_file():
+            return directory / name
     return None
 
 
-def _why_missing() -> str:
-    note = _DIRECTORY / _REASON
-    if note.is_file():
-        return note.read_text().strip()
-    return "the library was not built when squeezellm_hf was installed (`pip install -v` tells why)"
+def _library() -> Path | None:
+    chosen = os.environ.get("SQUEEZELLM_HF_LIBRARY")
+    return Path(chosen).absolute() if chosen else _installed(_LIBRARY)
 
 
 def _open() -> ctypes.CDLL:
-    path = _find()
+    path = _library()
     if path is None:
-        raise FileNotFoundError(_why_missing())
+        note = _installed(_WHY_NOT_BUILT)
+        raise FileNotFoundError(
+            f"{_LIBRARY} was not built when squeezellm_hf was installed (pip install -v tells why)"
+            if note is None
+            else note.read_text().strip()
+        )
     torch.ops.load_library(path)
     library = ctypes.CDLL(str(path))
     library.squeezellm_hf_select_instruction_set.argtypes = [ctypes.c_char_p]
@@ -77,13 +82,13 @@ def _open() -> ctypes.CDLL:
 
 
 def load() -> None:
-    """Register the compiled kernels with torch; warn once if there are none.
+    """Register the compiled kernels with torch. Without them, warn; a second call does nothing.
 
     Raises:
         ValueError: if SQUEEZELLM_HF_ISA names an instruction set that cannot run here.
     """
     global _handle, _reason
-    if _handle is not None:
+    if _handle is not None or _reason is not None:
         return
     if os.environ.get("SQUEEZELLM_HF_NATIVE", "1") == "0":
         _reason = "switched off by SQUEEZELLM_HF_NATIVE=0"
@@ -96,7 +101,6 @@ def load() -> None:
             f"squeezellm_hf runs on its slow PyTorch reference: {_reason}. {_HOW}.", stacklevel=2
         )
         return
-    _reason = None
     set_instruction_set(None)
 
 
@@ -120,10 +124,10 @@ def set_instruction_set(name: str | None) -> None:
 def status() -> NativeStatus:
     """What became of the compiled kernels."""
     if _handle is None:
-        return NativeStatus(False, _find(), _reason, None, ())
+        return NativeStatus(False, _library(), _reason, None, ())
     return NativeStatus(
         loaded=True,
-        path=_find(),
+        path=_library(),
         reason=None,
         instruction_set=_handle.squeezellm_hf_instruction_set().decode(),
         available=tuple(_handle.squeezellm_hf_available_instruction_sets().decode().split()),

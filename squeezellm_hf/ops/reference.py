@@ -29,7 +29,7 @@ def _check(
         )
     sparse = (crow_indices, col_indices, values)
     if any(t is None for t in sparse) and not all(t is None for t in sparse):
-        raise ValueError("crow_indices, col_indices and values must be given together or not at all")
+        raise ValueError("crow_indices, col_indices and values must be given all or not at all")
     if crow_indices is not None and col_indices is not None and values is not None:
         csr.check_csr(
             crow_indices, col_indices, values, out_features=out_features, in_features=in_features
@@ -45,7 +45,7 @@ def dequantize_fp32(
     bits: int,
     in_features: int,
 ) -> Tensor:
-    """W[o, i] = lookup_table[o, index[o, i]] + sparse[o, i], in fp32 [out_features, in_features]."""
+    """W[o, i] = table[o, index[o, i]] + sparse[o, i], fp32 [out_features, in_features]."""
     indices = packing.unpack(qweight, bits, in_features).to(torch.int64)
     weight = lookup_table.float().gather(1, indices)
     if crow_indices is not None and col_indices is not None and values is not None:
@@ -54,7 +54,6 @@ def dequantize_fp32(
     return weight
 
 
-@torch.library.impl(LUT_DEQUANTIZE, "CompositeExplicitAutograd")
 def lut_dequantize(
     qweight: Tensor,
     lookup_table: Tensor,
@@ -71,7 +70,6 @@ def lut_dequantize(
     return dequantize_fp32(qweight, lookup_table, *sparse, bits, in_features).to(dtype)
 
 
-@torch.library.impl(LUT_LINEAR, "CompositeExplicitAutograd")
 def lut_linear(
     x: Tensor,
     qweight: Tensor,
@@ -88,3 +86,8 @@ def lut_linear(
     weight = dequantize_fp32(qweight, lookup_table, *sparse, bits, x.shape[-1])
     bias = None if bias is None else bias.float()
     return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+
+
+# Not as decorators: those leave None behind instead of the function.
+torch.library.impl(LUT_DEQUANTIZE, "CompositeExplicitAutograd")(lut_dequantize)
+torch.library.impl(LUT_LINEAR, "CompositeExplicitAutograd")(lut_linear)

@@ -43,7 +43,7 @@ def quantize_modules(
     Raises:
         ValueError: naming the tensor, if a weight is not finite or lies on the meta device.
     """
-    linears = {name: model.get_submodule(name) for name in plan}
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in plan}
     _check_weights(model)
     run = WorkDir(work_dir, fingerprint(model, sequences)) if work_dir is not None else None
     done = _finished(plan, run)
@@ -96,15 +96,18 @@ def _fisher(
         return None
     total, first = None, 0
     if run is not None:
-        total, first = run.load_fisher({name: linear.weight.device for name, linear in linears.items()})
+        total, first = run.load_fisher(
+            {name: layer.weight.device for name, layer in linears.items()}
+        )
+    n_samples = len(sequences)
     with tqdm(
-        total=len(sequences), initial=first, desc="Calibrating", unit="sequence", disable=not progress
+        total=n_samples, initial=first, desc="Calibrating", unit="sequence", disable=not progress
     ) as bar:
 
         def after_sequence(count: int, sums: Any) -> None:
             bar.update()
             if run is not None:
-                run.save_fisher(sums, count, final=count == len(sequences))
+                run.save_fisher(sums, count, final=count == n_samples)
 
         # All layers, also the finished ones: the sums on disk serve other bits, too.
         total = calibrate_fisher(

@@ -59,7 +59,9 @@ class WorkDir:
         key = hashlib.sha256(f"{self.run} {name} {parameters}".encode()).hexdigest()[:16]
         return self.path / f"layer-{name}-{key}.safetensors"
 
-    def load_fisher(self, devices: Mapping[str, torch.device]) -> tuple[dict[str, Tensor] | None, int]:
+    def load_fisher(
+        self, devices: Mapping[str, torch.device]
+    ) -> tuple[dict[str, Tensor] | None, int]:
         """The Fisher sums on ``devices`` and the number of sequences in them; (None, 0) if none."""
         path = self._fisher_path
         if not path.exists():
@@ -69,7 +71,7 @@ class WorkDir:
                 count = int((file.metadata() or {})["sequences"])
                 return {name: file.get_tensor(name).to(d) for name, d in devices.items()}, count
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a Fisher sum of this run; delete it: {error}") from error
+            raise ValueError(f"{path} is damaged; delete it to calibrate anew: {error}") from error
 
     def save_fisher(self, fisher: Mapping[str, Tensor], sequences: int, *, final: bool) -> None:
         """Write the sums, unless it is too early for another write and they are not ``final``."""

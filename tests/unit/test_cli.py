@@ -147,6 +147,27 @@ def test_push_to_hub_makes_the_repository_before_the_work(
     assert not out.exists()
 
 
+def test_push_to_hub_uploads_model_and_tokenizer(
+    original: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    from squeezellm_hf.integration import saving
+
+    pushed: list[tuple[str, str, str]] = []
+
+    def record(self: Any, name: str, *, token: str) -> None:
+        pushed.append((type(self).__name__, name, token))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: None)
+    monkeypatch.setattr(saving, "push_to_hub", record)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "push_to_hub", record)
+    command = ["quantize", str(original), str(tmp_path / "out"), "--dataset", str(text), *FAST]
+    assert main([*command, "--push-to-hub", "me/x", "--token", "secret"]) == 0
+    assert len({kind for kind, _, _ in pushed}) == 2
+    assert [(name, token) for _, name, token in pushed] == [("me/x", "secret")] * 2
+
+
 def test_inspect_counts_what_is_stored(
     quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "convert.h"
+
 namespace squeezellm_hf {
 namespace {
 
@@ -75,17 +77,47 @@ struct Avx512 {
     for (int w = 0; w < 3; ++w) words[w] = out[w];
   }
 
-  // Built from at least 64 floats that repeat the table. Look-ups ignore what lies above an index.
+  // The first n <= 16 entries of a row's table as fp32.
+  template <int kEntries>
+  static Float load_entries(const void* from, DType dtype) {
+    constexpr __mmask16 mask = static_cast<__mmask16>((1u << kEntries) - 1);
+    if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(mask, from);
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, from);
+    if (dtype == DType::kFloat16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+
+  // A row's table. Look-ups ignore what lies above an index in its lane.
+  //
+  // vpermps takes 4 bits of index, so with narrower widths one index finds several neighbours:
+  // `kPart` 0 is the weight in its lowest bits, 1 the next, and no shift is needed in between.
+  static constexpr int kIndexBits = 4;
   template <int kBits>
   struct Table {
-    Float entries[2];  // of 16 and 32 entries
-    const float* memory;
+    static constexpr int kParts = kBits == 3 || kBits > 4 ? 1 : kIndexBits / kBits;
+    Float entries[kBits == 5 ? 2 : kParts];
+    float memory[kBits > 5 ? 1 << kBits : 1];
 
     Table() = default;
-    explicit Table(const float* from) : entries{_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}, memory(from) {}
+    Table(const void* from, DType dtype) {
+      if constexpr (kBits <= 4) {
+        const Float all = load_entries<1 << kBits>(from, dtype);
+        const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int part = 0; part < kParts; ++part) {
+          const Int index = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(part * kBits));
+          entries[part] = _mm512_permutexvar_ps(_mm512_and_si512(index, _mm512_set1_epi32((1 << kBits) - 1)), all);
+        }
+      } else if constexpr (kBits == 5) {
+        entries[0] = load_entries<16>(from, dtype);
+        entries[1] = load_entries<16>(static_cast<const char*>(from) + 16 * element_size(dtype), dtype);
+      } else {
+        load_floats(from, dtype, 0, 1 << kBits, memory);
+      }
+    }
 
+    template <int kPart = 0>
     Float lookup(Int index) const {
-      if constexpr (kBits <= 4) return _mm512_permutexvar_ps(index, entries[0]);
+      if constexpr (kBits <= 4) return _mm512_permutexvar_ps(index, entries[kPart]);
       if constexpr (kBits == 5) return _mm512_permutex2var_ps(entries[0], index, entries[1]);
       const Int masked = _mm512_and_si512(index, _mm512_set1_epi32((1 << kBits) - 1));
       return _mm512_i32gather_ps(masked, memory, 4);
@@ -101,6 +133,7 @@ struct Avx512Narrow {
   using Index = int16_t;
   using Int = __m512i;
 
+  static void prefetch(const uint32_t* from, int64_t words_ahead) { Avx512::prefetch(from, words_ahead); }
   static void store(uint16_t* to, Int value) { _mm512_storeu_si512(to, value); }
   static Int load_words(const uint32_t* from, int n) { return Avx512::load_words(from, n); }
   static Int bit_or(Int a, Int b) { return _mm512_or_si512(a, b); }
@@ -109,10 +142,27 @@ struct Avx512Narrow {
   static Int shift_right(Int value, Int counts) { return _mm512_srlv_epi16(value, counts); }
   static Int shift_left(Int value, Int counts) { return _mm512_sllv_epi16(value, counts); }
 
+  // A row's table, rounded to `Out`.
   template <int kBits>
   struct Table {
     Int entries[2];
-    explicit Table(const uint16_t* from) : entries{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 32)} {}
+
+    template <class Out>
+    Table(const void* from, DType dtype, Out) {
+      alignas(64) float floats[64];
+      alignas(64) Out rounded[64];
+      if constexpr (kBits <= 4) {
+        Avx512::store(floats, Avx512::Table<kBits>(from, dtype).entries[0]);
+        from_floats(floats, 16, rounded);
+        entries[0] = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+      } else {
+        load_floats(from, dtype, 0, 1 << kBits, floats);
+        from_floats(floats, 1 << kBits, rounded);
+        entries[0] = _mm512_load_si512(rounded);
+        if constexpr (kBits == 6) entries[1] = _mm512_load_si512(rounded + 32);
+      }
+    }
+
     Int lookup(Int index) const {
       if constexpr (kBits <= 5) return _mm512_permutexvar_epi16(index, entries[0]);
       return _mm512_permutex2var_epi16(entries[0], index, entries[1]);

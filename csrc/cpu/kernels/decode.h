@@ -53,13 +53,15 @@ SQ_INLINE void decode_group(const uint32_t* words, int n_words, const typename L
   });
 }
 
-// Decodes n weights from `words` on; `table` has at least 64 entries, repeating if fewer exist.
+// Decodes n weights from `words` on. The same place `ahead` words further on is prefetched.
 template <class Lanes, int kBits>
-static void decode_bits(const uint32_t* words, int64_t n, const typename Lanes::Element* entries,
-                        typename Lanes::Element* out) {
-  const typename Lanes::template Table<kBits> table(entries);
+static void decode_words(const uint32_t* words, int64_t n, int64_t ahead,
+                         const typename Lanes::template Table<kBits>& table, typename Lanes::Element* out) {
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32, words += kBits) decode_group<Lanes, kBits>(words, kBits, table, out + i);
+  for (; i + 32 <= n; i += 32, words += kBits) {
+    Lanes::prefetch(words, ahead);
+    decode_group<Lanes, kBits>(words, kBits, table, out + i);
+  }
   if (i < n) {
     typename Lanes::Element last[32];
     const int rest = static_cast<int>(n - i);
@@ -68,64 +70,60 @@ static void decode_bits(const uint32_t* words, int64_t n, const typename Lanes::
   }
 }
 
-template <class Lanes>
-static void decode(int bits, const uint32_t* words, int64_t n, const typename Lanes::Element* entries,
-                   typename Lanes::Element* out) {
-  switch (bits) {
-    case 1:
-      return decode_bits<Lanes, 1>(words, n, entries, out);
-    case 2:
-      return decode_bits<Lanes, 2>(words, n, entries, out);
-    case 3:
-      return decode_bits<Lanes, 3>(words, n, entries, out);
-    case 4:
-      return decode_bits<Lanes, 4>(words, n, entries, out);
-    case 5:
-      return decode_bits<Lanes, 5>(words, n, entries, out);
-    case 6:
-      return decode_bits<Lanes, 6>(words, n, entries, out);
-  }
-  if constexpr (Lanes::kLaneBits == 32) {
-    if (bits == 7) return decode_bits<Lanes, 7>(words, n, entries, out);
-    return decode_bits<Lanes, 8>(words, n, entries, out);
-  }
-}
-
-// A row's table as fp32, repeated to at least 64 entries: look-ups then need no mask, whatever
-// lies above an index in its lane.
-static inline void load_table(const LutWeight& weight, int64_t row, float* table) {
-  const int entries = 1 << weight.bits;
-  load_floats(weight.lookup_table, weight.table_dtype, row << weight.bits, entries, table);
-  for (int i = entries; i < 64; ++i) table[i] = table[i - entries];
-}
-
-// One row in its natural order, dense and sparse, as fp32, bf16 or fp16. `Narrow` are the 16-bit
-// lanes of the instruction set, or void.
-template <class Wide, class Narrow, class Out>
-static void decode_row(const LutWeight& weight, int64_t row, Out* out) {
+// One row in its natural order, as fp32, bf16 or fp16. `Narrow` are the 16-bit lanes of the
+// instruction set, or void.
+template <class Wide, class Narrow, int kBits, class Out>
+static void decode_dense(const LutWeight& weight, int64_t row, int64_t rows_ahead, Out* out) {
   const uint32_t* words = weight.qweight + row * weight.words_per_row;
+  const void* entries =
+      static_cast<const char*>(weight.lookup_table) + (row << kBits) * element_size(weight.table_dtype);
   const int64_t n = weight.in_features;
-  alignas(64) float table[256];
-  load_table(weight, row, table);
+  const int64_t ahead = rows_ahead * weight.words_per_row;
   if constexpr (sizeof(Out) == 4) {
-    decode<Wide>(weight.bits, words, n, table, out);
+    const typename Wide::template Table<kBits> table(entries, weight.table_dtype);
+    decode_words<Wide, kBits>(words, n, ahead, table, out);
+  } else if constexpr (!same<Narrow, void> && kBits <= 6) {
+    const typename Narrow::template Table<kBits> table(entries, weight.table_dtype, Out{});
+    decode_words<Narrow, kBits>(words, n, ahead, table, &out->bits);
   } else {
-    bool done = false;
-    if constexpr (!same<Narrow, void>) {
-      if (weight.bits <= 6) {
-        alignas(64) Out entries[64];
-        from_floats(table, 64, entries);
-        decode<Narrow>(weight.bits, words, n, &entries[0].bits, &out[0].bits);
-        done = true;
-      }
-    }
+    const typename Wide::template Table<kBits> table(entries, weight.table_dtype);
     constexpr int64_t kChunk = 512;
     alignas(64) float chunk[kChunk];
-    for (int64_t i = 0; !done && i < n; i += kChunk) {
+    for (int64_t i = 0; i < n; i += kChunk) {
       const int64_t count = n - i < kChunk ? n - i : kChunk;
-      decode<Wide>(weight.bits, words + i / 32 * weight.bits, count, table, chunk);
+      decode_words<Wide, kBits>(words + i / 32 * kBits, count, ahead, table, chunk);
       from_floats(chunk, count, out + i);
     }
+  }
+}
+
+// The same with the sparse part.
+template <class Wide, class Narrow, class Out>
+static void decode_row(const LutWeight& weight, int64_t row, int64_t rows_ahead, Out* out) {
+  switch (weight.bits) {
+    case 1:
+      decode_dense<Wide, Narrow, 1>(weight, row, rows_ahead, out);
+      break;
+    case 2:
+      decode_dense<Wide, Narrow, 2>(weight, row, rows_ahead, out);
+      break;
+    case 3:
+      decode_dense<Wide, Narrow, 3>(weight, row, rows_ahead, out);
+      break;
+    case 4:
+      decode_dense<Wide, Narrow, 4>(weight, row, rows_ahead, out);
+      break;
+    case 5:
+      decode_dense<Wide, Narrow, 5>(weight, row, rows_ahead, out);
+      break;
+    case 6:
+      decode_dense<Wide, Narrow, 6>(weight, row, rows_ahead, out);
+      break;
+    case 7:
+      decode_dense<Wide, Narrow, 7>(weight, row, rows_ahead, out);
+      break;
+    default:
+      decode_dense<Wide, Narrow, 8>(weight, row, rows_ahead, out);
   }
   add_sparse(weight, row, out);
 }
@@ -136,13 +134,13 @@ static void dequantize_rows(const DequantizeCall& call, int64_t begin, int64_t e
   for (int64_t row = begin; row < end; ++row) {
     switch (call.dtype) {
       case DType::kBFloat16:
-        decode_row<Wide, Narrow>(call.weight, row, static_cast<bf16*>(call.out) + row * n);
+        decode_row<Wide, Narrow>(call.weight, row, 1, static_cast<bf16*>(call.out) + row * n);
         break;
       case DType::kFloat16:
-        decode_row<Wide, Narrow>(call.weight, row, static_cast<fp16*>(call.out) + row * n);
+        decode_row<Wide, Narrow>(call.weight, row, 1, static_cast<fp16*>(call.out) + row * n);
         break;
       default:
-        decode_row<Wide, Narrow>(call.weight, row, static_cast<float*>(call.out) + row * n);
+        decode_row<Wide, Narrow>(call.weight, row, 1, static_cast<float*>(call.out) + row * n);
     }
   }
 }

@@ -22,7 +22,8 @@ struct LargeBatch {
   static constexpr int64_t kMaxBatchBlock = 128;
   static constexpr int64_t kBatchBlockBytes = 512 * 1024;  // of x: stays in L2
 
-  static int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+  // At least one vector, so that sums are set even without a single feature.
+  static int64_t padded(int64_t n) { return n < 32 ? 32 : (n + 31) / 32 * 32; }
 
   static int64_t batch_block(const LinearCall& call) {
     const int64_t row = padded(call.weight.in_features) * static_cast<int64_t>(sizeof(Element));
@@ -32,7 +33,7 @@ struct LargeBatch {
 
   // x is read in place where it has the right type and rows end on a vector.
   static bool in_place(const LinearCall& call) {
-    return call.dtype == Dot::kDType && call.weight.in_features % 32 == 0;
+    return call.dtype == Dot::kDType && call.weight.in_features == padded(call.weight.in_features);
   }
 
   static int64_t workspace_bytes(const LinearCall& call) {
@@ -97,7 +98,7 @@ struct LargeBatch {
           for (int r = 0; r < kTileRows; ++r) {
             Element* to = decoded + r * stride;
             if (tile_row + r < n_rows)
-              decode_row<Lanes, Narrow>(weight, first_row + tile_row + r, to);
+              decode_row<Lanes, Narrow>(weight, first_row + tile_row + r, kTileRows, to);
             else
               for (int64_t i = 0; i < n; ++i) to[i] = Element{};
           }

@@ -70,14 +70,28 @@ struct Avx2 {
         permute(_mm256_blend_epi32(_mm256_blend_epi32(a, b, 0x49), c, 0x92), _mm256_setr_epi32(2, 5, 0, 3, 6, 1, 4, 7));
   }
 
+  // A row's table. Look-ups ignore what lies above an index in its lane.
+  static constexpr int kIndexBits = 3;
   template <int kBits>
   struct Table {
+    static constexpr int kParts = 1;
     Float entries[2];  // of 8 and 16 entries
-    const float* memory;
+    float memory[kBits > 4 ? 1 << kBits : 1];
 
     Table() = default;
-    explicit Table(const float* from) : entries{_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}, memory(from) {}
+    Table(const void* from, DType dtype) {
+      if constexpr (kBits <= 4) {
+        float floats[16] = {};
+        load_floats(from, dtype, 0, 1 << kBits, floats);
+        const Int repeat = _mm256_and_si256(load_index(kLaneNumbers), _mm256_set1_epi32((1 << kBits) - 1));
+        entries[0] = _mm256_permutevar8x32_ps(load(floats), repeat);
+        entries[1] = load(floats + 8);
+      } else {
+        load_floats(from, dtype, 0, 1 << kBits, memory);
+      }
+    }
 
+    template <int kPart = 0>
     Float lookup(Int index) const {
       if constexpr (kBits <= 3) return _mm256_permutevar8x32_ps(entries[0], index);
       if constexpr (kBits == 4) {

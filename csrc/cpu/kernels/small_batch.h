@@ -1,4 +1,4 @@
-// y = x W^T for a batch of up to 8: bound by reading the weights, so they are decoded in registers
+// y = x W^T for a batch of up to 4: bound by reading the weights, so they are decoded in registers
 // and used at once.
 //
 // A lane owns a run of consecutive weights that is a whole number of words (a unit): 8 weights in a
@@ -11,7 +11,7 @@
 
 namespace squeezellm_hf {
 
-constexpr static int kMaxSmallBatch = 8;
+constexpr static int kMaxSmallBatch = 4;
 constexpr static int kMaxSmallBits = 4;
 
 template <int kBits>
@@ -22,8 +22,8 @@ struct Unit {
 
 static inline int unit_weights(int bits) { return bits == 3 ? 32 : 32 / bits; }
 
-// Kernels exist for batches of 1, 2, 4 and 8; x is filled up with zero rows.
-static inline int64_t kernel_batch(int64_t batch) { return batch <= 2 ? batch : batch <= 4 ? 4 : 8; }
+// Kernels exist for batches of 1, 2 and 4; x is filled up with zero rows.
+static inline int64_t kernel_batch(int64_t batch) { return batch <= 2 ? batch : 4; }
 
 template <class Lanes>
 struct SmallBatch {
@@ -72,6 +72,12 @@ struct SmallBatch {
     }
   }
 
+  static int64_t rows_ahead(const LutWeight& weight, int64_t rows) {
+    constexpr int64_t kWords = 4096;
+    const int64_t group = rows * weight.words_per_row;
+    return group == 0 ? 0 : (kWords + group - 1) / group * rows;
+  }
+
   template <int kBits, int kStep>
   SQ_INLINE Int index(const Int* words) {
     constexpr int word = kStep * kBits / 32;
@@ -102,13 +108,12 @@ struct SmallBatch {
     Table table[kRows];
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first_row + r < end ? first_row + r : end - 1;
-      alignas(64) float entries[64];
-      load_table(weight, row, entries);
-      table[r] = Table(entries);
+      const int64_t entry = (row << kBits) * element_size(weight.table_dtype);
+      table[r] = Table(static_cast<const char*>(weight.lookup_table) + entry, weight.table_dtype);
       words[r] = weight.qweight + row * weight.words_per_row;
     }
-    // The same place in the next rows: the hardware prefetcher does not see that far.
-    const int64_t ahead = kRows * weight.words_per_row;
+    // The same place in later rows, some kilobytes ahead: further than the hardware prefetcher sees.
+    const int64_t ahead = rows_ahead(weight, kRows) * weight.words_per_row;
 
     Float sums[kRows][kBatch][kSums];
     for (auto& row : sums)
@@ -128,8 +133,10 @@ struct SmallBatch {
       }
       const float* x = packed + block * kBlock * kBatch;
       unroll<0, kWeights>([&](auto step) SQ_INLINE_LAMBDA {
+        constexpr int part = step % Table::kParts;
         Float value[kRows];
-        for (int r = 0; r < kRows; ++r) value[r] = table[r].lookup(index<kBits, step>(packed_words[r]));
+        for (int r = 0; r < kRows; ++r)
+          value[r] = table[r].template lookup<part>(index<kBits, step - part>(packed_words[r]));
         for (int b = 0; b < kBatch; ++b) {
           const Float xb = Lanes::load(x + (step * kBatch + b) * kLanes);
           for (int r = 0; r < kRows; ++r)
@@ -151,8 +158,10 @@ struct SmallBatch {
       unroll<0, kWeights>([&](auto step) SQ_INLINE_LAMBDA {
         // Lanes past the end of the row count for nothing, even if the table holds infinities.
         const int lanes = (rest - step + kWeights - 1) / kWeights;
+        constexpr int part = step % Table::kParts;
         for (int r = 0; r < kRows; ++r) {
-          const Float value = Lanes::keep(table[r].lookup(index<kBits, step>(packed_words[r])), lanes);
+          const Float value =
+              Lanes::keep(table[r].template lookup<part>(index<kBits, step - part>(packed_words[r])), lanes);
           for (int b = 0; b < kBatch; ++b)
             sums[r][b][step % kSums] =
                 Lanes::multiply_add(value, Lanes::load(x + (step * kBatch + b) * kLanes), sums[r][b][step % kSums]);
@@ -180,28 +189,27 @@ struct SmallBatch {
   // Not inlined: one copy, so one order of additions, for every caller.
   template <int kBatch>
   __attribute__((noinline)) static void sparse(const LutWeight& weight, int64_t row, const float* x, float* y) {
-    float sums[kBatch] = {};
-    for_each_entry(weight, row, [&](int64_t column, float value) {
-      for (int b = 0; b < kBatch; ++b) sums[b] += value * x[column * kBatch + b];
+    constexpr int kSums = kBatch == 1 ? 4 : 1;
+    float sums[kSums][kBatch] = {};
+    for_each_entry(weight, row, [&](auto slot, int64_t column, float value) {
+      for (int b = 0; b < kBatch; ++b) sums[slot % kSums][b] += value * x[column * kBatch + b];
     });
-    for (int b = 0; b < kBatch; ++b) y[b] += sums[b];
+    for (int b = 0; b < kBatch; ++b)
+      for (int i = 0; i < kSums; ++i) y[b] += sums[i][b];
   }
 
   template <int kBits>
   static void rows_of_width(const LinearCall& call, int64_t begin, int64_t end) {
-    constexpr int kFew = Lanes::kRegisters >= 32 ? 2 : 1;
+    constexpr int kRows = Lanes::kRegisters >= 32 ? 4 : 2;  // as many sums as registers allow
     switch (kernel_batch(call.batch)) {
       case 1:
         for (int64_t row = begin; row < end; row += 4) rows<kBits, 1, 4>(call, row, end);
         return;
       case 2:
-        for (int64_t row = begin; row < end; row += 2 * kFew) rows<kBits, 2, 2 * kFew>(call, row, end);
-        return;
-      case 4:
-        for (int64_t row = begin; row < end; row += 2 * kFew) rows<kBits, 4, 2 * kFew>(call, row, end);
+        for (int64_t row = begin; row < end; row += kRows) rows<kBits, 2, kRows>(call, row, end);
         return;
       default:
-        for (int64_t row = begin; row < end; row += kFew) rows<kBits, 8, kFew>(call, row, end);
+        for (int64_t row = begin; row < end; row += kRows) rows<kBits, 4, kRows>(call, row, end);
     }
   }
 

@@ -59,7 +59,7 @@ def _mark_largest(score: Callable[[int, int], Tensor], count: int, mask: Tensor)
     if count == 0:
         return
     starts = range(0, mask.numel(), _CHUNK)
-    largest = torch.zeros(0, device=mask.device)
+    largest = torch.zeros(0, dtype=torch.float32, device=mask.device)
     for start in starts:
         chunk = score(start, start + _CHUNK)
         # What is not above the least of `count` greater ones cannot move the threshold.

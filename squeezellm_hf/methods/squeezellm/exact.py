@@ -30,8 +30,35 @@ def exact_edges(rows: SortedRows, clusters: int) -> Tensor:
         int64 [R, clusters + 1], non-decreasing, first 0 and last n: cluster ``j`` holds the sorted
         points ``edges[:, j] <= i < edges[:, j + 1]``, and may be empty.
     """
-    count, points = rows.values.shape
-    device = rows.values.device
+    ends = _distinct_ends(rows.values)
+    merged = SortedRows(
+        rows.values, rows.weight_sums.gather(1, ends), rows.moment_sums.gather(1, ends)
+    )
+    return ends.gather(1, _partition(merged, clusters))
+
+
+def _distinct_ends(values: Tensor) -> Tensor:
+    """Edges between the distinct values of each row, int64 [R, d + 1], filled up with n.
+
+    Equal values are one point to k-means: weights that were 4-bit or bf16 once have few.
+    """
+    count, points = values.shape
+    new = values.diff(dim=1) > 0
+    rank = new.cumsum(dim=1)
+    ends = torch.full(
+        (count, int(rank.amax()) + 2 if points > 1 else 2), points, device=values.device
+    )
+    ends[:, 0] = 0
+    row, column = new.nonzero(as_tuple=True)
+    ends[row, rank[row, column]] = column + 1
+    return ends
+
+
+def _partition(rows: SortedRows, clusters: int) -> Tensor:
+    """As :func:`exact_edges`, in terms of the columns of the prefix sums alone."""
+    count, size = rows.weight_sums.shape
+    points = size - 1
+    device = rows.weight_sums.device
     everything = torch.arange(points + 1, device=device).expand(count, -1)
     best = rows.gain(torch.zeros_like(everything), everything)
     splits: list[Tensor] = []

@@ -51,7 +51,7 @@ def lloyd(rows: SortedRows, edges: Tensor) -> Tensor:
         Centroids, fp32 [R, k], ascending.
     """
     points = rows.values.shape[1]
-    result = torch.empty(edges.shape[0], edges.shape[1] - 1, device=edges.device)
+    result = rows.values.new_empty(edges.shape[0], edges.shape[1] - 1)
     active = torch.arange(edges.shape[0], device=edges.device)
     centroids = rows.values.gather(1, edges[:, :-1].clamp(max=points - 1)).double()
     for _ in range(_MOST_ITERATIONS):

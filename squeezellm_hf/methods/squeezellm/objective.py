@@ -1,6 +1,5 @@
 """What k-means minimises, for reports and tests."""
 
-import torch
 from torch import Tensor
 
 

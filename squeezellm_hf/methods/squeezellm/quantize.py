@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from squeezellm_hf.formats.csr import csr_from_dense
-from squeezellm_hf.formats.packing import pack
+from squeezellm_hf.formats.packing import pack, packed_words
+from squeezellm_hf.methods.squeezellm.chunks import for_each_chunk
 from squeezellm_hf.methods.squeezellm.codebook import nearest_entry, table_dtype
 from squeezellm_hf.methods.squeezellm.config import SqueezeLLMParameters
 from squeezellm_hf.methods.squeezellm.decompose import sparse_mask
@@ -13,18 +14,16 @@ from squeezellm_hf.methods.squeezellm.sparse import exact_residuals
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Cells clustered together. Prefix sums, sort and super-points need at most 1 KB a cell at 8 bits,
-# and about 120 bytes a cell at 4 bits.
-_CELLS = 1 << 19
-
 # What a kept cell without Fisher information counts, relative to the mean of its row: nothing
 # beside any other, but entries that are left over go to these cells.
 _LEAST_WEIGHT = 1e-8
 
 # Differences of weights must be finite in bf16 and squares of them in fp64.
 _LARGEST_WEIGHT = 2.0**126
+_LARGEST_FISHER = torch.finfo(torch.float32).max
 
 
+@torch.no_grad()
 def quantize_weight(
     weight: Tensor,
     fisher: Tensor | None,
@@ -42,9 +41,8 @@ def quantize_weight(
     The table is rounded to its 16-bit dtype first and each weight assigned to the nearest rounded
     entry. Deterministic: the same input gives the same bytes.
 
-    Memory beyond the arguments and the result: about 5 bytes per cell of the matrix, and a working
-    set that does not grow with it (about 100 MB at up to 4 bits, 0.5 GB at 8 bits; a single row is
-    never split).
+    Memory beyond the arguments and the result: about 4 bytes per cell of the matrix, and a working
+    set that does not grow with it, on a CPU about 200 MB. (A row is never split.)
 
     Args:
         weight: [out_features, in_features], fp32, bf16 or fp16, finite.
@@ -66,24 +64,28 @@ def quantize_weight(
             entries, or a negative Fisher entry.
     """
     check_arguments(weight, fisher, name)
-    out_features, in_features = weight.shape
+    out_features = weight.shape[0]
     removed = sparse_mask(weight, fisher, parameters)
     dtype = table_dtype(weight)
     device = weight.device
-    indices = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+    words = packed_words(weight.shape[1], parameters.bits)
+    qweight = torch.empty(out_features, words, dtype=torch.int32, device=device)
     tables = torch.empty(out_features, 2**parameters.bits, dtype=dtype, device=device)
     residuals = torch.zeros(weight.shape, dtype=dtype, device=device)
-    step = max(1, _CELLS // in_features)
-    for start in range(0, out_features, step):
-        rows = slice(start, start + step)
-        tables[rows], indices[rows], residuals[rows] = _quantize_rows(
+
+    @torch.no_grad()  # holds for one thread
+    def quantize_rows(rows: slice) -> None:
+        tables[rows], indices, residuals[rows] = _quantize_rows(
             weight[rows].float(),
             None if fisher is None else fisher[rows].float(),
             removed[rows],
             parameters,
             dtype,
         )
-    tensors = {"qweight": pack(indices, parameters.bits), "lookup_table": tables}
+        qweight[rows] = pack(indices, parameters.bits)
+
+    for_each_chunk(weight, parameters.bits, quantize_rows)
+    tensors = {"qweight": qweight, "lookup_table": tables}
     if bool(removed.any()):
         tensors |= csr_from_dense(removed, residuals)._asdict()
     return tensors
@@ -152,10 +154,10 @@ def check_arguments(weight: Tensor, fisher: Tensor | None, name: str = "weight")
             f"got {fisher.dtype} {list(fisher.shape)}"
         )
     low, high = (float(bound) for bound in fisher.aminmax())
-    if not 0 <= low <= high < torch.inf:
+    if not 0 <= low <= high <= _LARGEST_FISHER:
         raise ValueError(
-            f"fisher of {name} must be finite and not negative, "
-            f"got {_first(fisher, ~((fisher >= 0) & (fisher < torch.inf)))}"
+            f"fisher of {name} must be finite in fp32 and not negative, "
+            f"got {_first(fisher, ~((fisher >= 0) & (fisher <= _LARGEST_FISHER)))}"
         )
 
 

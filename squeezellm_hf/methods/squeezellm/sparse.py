@@ -12,10 +12,10 @@ def exact_residuals(weights: Tensor, tables: Tensor, dtype: torch.dtype) -> tupl
     to entry: the entry with the least |entry + value - weight| is taken, of equals the nearest to
     the weight, of these the lowest. The sum is taken in fp32, as in the layer.
 
-    An fp16 or bf16 weight comes back bit for bit if an entry lies within |weight| / 2 of it (and it
-    is a normal number of ``dtype``): so every outlier beyond the table does. A small weight
-    between two entries need not, for no sum of two 16-bit numbers of that size has its last bits;
-    what is lost is below 2^-12 (fp16) of the distance to the entry.
+    An fp16 or bf16 weight, normal in ``dtype``, comes back bit for bit if an entry lies within
+    |weight| / 2 of it (4 |weight| for bf16 weights and fp16 values). A small weight between two
+    entries need not, for no sum of two 16-bit numbers of their size has its last bits; what is
+    lost is at most 2^-12 (fp16) of the distance to the entry.
 
     Args:
         weights: fp32 [m].

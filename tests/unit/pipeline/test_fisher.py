@@ -16,7 +16,7 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def expected(model: torch.nn.Module, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    sums = {name: 0 for name in linears(model)}
+    sums = dict.fromkeys(linears(model), 0)
     for ids in token_ids:
         model.zero_grad()
         logits = model(ids[None]).logits.double()

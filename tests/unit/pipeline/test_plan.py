@@ -64,7 +64,7 @@ def test_works_on_meta() -> None:
 
 
 def test_nothing_to_quantize() -> None:
-    with pytest.raises(ValueError, match=r"LayerNorm has nothing to quantize: it has no nn\.Linear"):
+    with pytest.raises(ValueError, match=r"LayerNorm has nothing to quantize: it has no"):
         make_plan(nn.LayerNorm(3), DEFAULTS)
     with pytest.raises(ValueError, match="nothing to quantize: of its 23 linear layers all are"):
         make_plan(Model(), DEFAULTS, skip=["lm_head", "layers"])

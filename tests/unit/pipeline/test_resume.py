@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
 from squeezellm_hf.pipeline import make_plan, quantize_modules, work_dir
 from squeezellm_hf.pipeline import quantize as pipeline_quantize
-from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
 from tests.conftest import tiny_llama
 
 PARAMETERS = SqueezeLLMParameters(bits=3)
@@ -48,9 +48,10 @@ def test_death_while_quantizing(
         calls.append(kwargs["name"])
         return original(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(pipeline_quantize, "quantize_weight", dying)
-        run(token_ids, tmp_path)
+        with pytest.raises(Killed):
+            run(token_ids, tmp_path)
 
     again = []
     monkeypatch.setattr(
@@ -94,9 +95,10 @@ def test_death_while_calibrating(
         if sequences == sequences_before_death:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(work_dir.WorkDir, "save_fisher", dying)
-        run(token_ids, tmp_path)
+        with pytest.raises(Killed):
+            run(token_ids, tmp_path)
     firsts = []
     original = pipeline_quantize.calibrate_fisher
     monkeypatch.setattr(
