@@ -10,11 +10,20 @@ namespace squeezellm_hf::cuda {
 
 constexpr int kWarpLanes = 32;
 
-// The value at `i` of an array whose dtype is known at run time only.
+// The value at `i` of an array whose dtype is known at run time only, as it lies there.
+__device__ __forceinline__ uint32_t load_bits(const void* data, DType dtype, int64_t i) {
+  return dtype == DType::kFloat32 ? __ldg(static_cast<const uint32_t*>(data) + i)
+                                  : __ldg(static_cast<const uint16_t*>(data) + i);
+}
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits, DType dtype) {
+  if (dtype == DType::kFloat16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  // bf16 is the upper half of fp32.
+  return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
+}
+
 __device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat16) return __half2float(static_cast<const __half*>(data)[i]);
-  if (dtype == DType::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-  return static_cast<const float*>(data)[i];
+  return float_of_bits(load_bits(data, dtype, i), dtype);
 }
 
 template <class T>
@@ -44,6 +53,10 @@ __device__ __forceinline__ uint4 load_streamed(const uint4* source) {
   return v;
 }
 
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // (bits & mask) | base, which the compiler does not always find to be one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t bits, uint32_t mask, uint32_t base) {
   uint32_t result;
@@ -70,9 +83,12 @@ __device__ __forceinline__ void multiply_accumulate(float (&c)[4], uint32_t a0, 
 }
 
 // The entries [x, y) of one row of the sparse part, within [0, nnz] whatever the row pointers say.
+__device__ __forceinline__ int2 clamped_sparse_row(const LutWeight& weight, int2 row) {
+  return {max(row.x, 0), min(row.y, static_cast<int>(weight.nnz))};
+}
+
 __device__ __forceinline__ int2 sparse_row(const LutWeight& weight, int row) {
-  const int last = static_cast<int>(weight.nnz);
-  return {max(weight.crow_indices[row], 0), min(weight.crow_indices[row + 1], last)};
+  return clamped_sparse_row(weight, {weight.crow_indices[row], weight.crow_indices[row + 1]});
 }
 
 // The column of an entry, within the row whatever the tensor says.

@@ -9,7 +9,6 @@
 //
 // What a tile needs (weights, table, sparse entries) is loaded while the previous one is worked on.
 #include "common.cuh"
-#include <cstdlib>
 
 namespace squeezellm_hf::cuda {
 namespace {
@@ -19,9 +18,7 @@ constexpr int kColumns = 8;    // of its right operand: the largest batch
 // Bytes between two entries of a table: 32 banks of 4 for the rows 0 to 7, as many for 8 to 15.
 constexpr int kEntryBytes = 256;
 constexpr int kEntryShift = 8;
-// Sparse values that a lane loads ahead, and those of a row beyond which all warps share it.
-constexpr int kLaneSparse = 4;
-constexpr int kHeavyRow = 512;
+constexpr int kHeavyRow = 512;  // sparse values of a row beyond which all warps share it
 
 // How a warp takes a row: a unit is a piece of consecutive words for each of 4 lanes that holds a
 // whole number of groups of 8 indices; kAhead units are in registers or on their way.
@@ -38,9 +35,7 @@ struct Unit {
 
 // Words beyond the row stay as they were: they select some value, which meets an activation of zero.
 // 32 warps of 64 registers a thread, or 16 of 128 where a warp has two tiles.
-constexpr int blocks_per_multiprocessor(int bits, int tiles, int warps) {
-  return bits == 4 && warps == 8 ? 3 : 32 / tiles / warps;
-}
+constexpr int blocks_per_multiprocessor(int tiles, int warps) { return 32 / tiles / warps; }
 
 template <bool kVector, bool kSectorsShared>
 __device__ __forceinline__ void load_words(uint32_t (&words)[4], const uint32_t* source, int remaining) {
@@ -117,12 +112,12 @@ struct SharedMemory {
   } tables[kTiles];
   float sums[kWarps][kBatch][kRows];
   // Of the tile in work and the next one.
-  T values[2][kRows][kEntries + 2];  // two more, so that rows start in different banks
+  alignas(16) T values[2][kRows][kEntries + 8];  // eight more, so that rows start in different banks
   int2 sparse_rows[2][kRows];
 };
 
 template <class T, int kBits, int kTiles, int kBatch, int kWarps, bool kVector>
-__global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(kBits, kTiles, kWarps))
+__global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(kTiles, kWarps))
     small_batch_kernel(const LinearCall call) {
   using U = Unit<kBits>;
   using Shared = SharedMemory<T, kBits, kTiles, kBatch, kWarps>;
@@ -130,7 +125,6 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
   constexpr int kRows = Shared::kRows;
   constexpr int kEntries = Shared::kEntries;
   constexpr int kWarpRows = kRows / kWarps;
-  constexpr int kSparseAhead = kLaneSparse / kWarpRows;
   constexpr int kSubloads = U::kLaneWords / 4;
   // With fewer than 8 activations a column each of the tensor core's takes every kSlices-th group of
   // a lane's weights, so that one load brings activations for all lanes.
@@ -191,9 +185,9 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
     }
   };
 
-  // A thread's share of the next tile's table and row pointers.
+  // A thread's share of the next tile's table and row pointers, as loaded: converting would wait.
   constexpr int kThreadValues = (kRows * kEntries + kThreads - 1) / kThreads;
-  float next_values[kThreadValues] = {};
+  uint32_t next_values[kThreadValues] = {};
   int2 next_sparse_row = {0, 0};
   auto load_tile_data = [&](int tile) {
     if (tile >= tiles) return;
@@ -202,12 +196,12 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       const int position = i * kThreads + threadIdx.x;
       if (position >= kRows * kEntries) break;
       const int row = min(tile * kRows + position / kEntries, last_row);
-      next_values[i] = load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + position % kEntries);
+      next_values[i] = load_bits(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + position % kEntries);
     }
     if (has_sparse && threadIdx.x < kRows) {
       const int row = tile * kRows + threadIdx.x;
       next_sparse_row = {0, 0};
-      if (row <= last_row) next_sparse_row = sparse_row(weight, row);
+      if (row <= last_row) next_sparse_row = {weight.crow_indices[row], weight.crow_indices[row + 1]};
     }
   };
   auto store_tile_data = [&](int buffer) {
@@ -215,9 +209,10 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
     for (int i = 0; i < kThreadValues; ++i) {
       const int position = i * kThreads + threadIdx.x;
       if (position < kRows * kEntries)
-        shared.values[buffer][position / kEntries][position % kEntries] = from_float<T>(next_values[i]);
+        shared.values[buffer][position / kEntries][position % kEntries] =
+            from_float<T>(float_of_bits(next_values[i], weight.table_dtype));
     }
-    if (has_sparse && threadIdx.x < kRows) shared.sparse_rows[buffer][threadIdx.x] = next_sparse_row;
+    if (has_sparse && threadIdx.x < kRows) shared.sparse_rows[buffer][threadIdx.x] = clamped_sparse_row(weight, next_sparse_row);
   };
 
   load_tile_data(blockIdx.x);
@@ -247,29 +242,31 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       const int low = threadIdx.x / kRows % kEntries;
       const int high = threadIdx.x / (kRows * kEntries) * kThreadPairs;
       if (high < kEntries) {
+        struct alignas(kThreadPairs < 8 ? 2 * kThreadPairs : 16) High {
+          uint16_t values[kThreadPairs];
+        };
         const uint16_t* values = reinterpret_cast<const uint16_t*>(shared.values[buffer][row]);
+        const uint32_t low_value = values[low];
+        const High high_values = *reinterpret_cast<const High*>(values + high);
 #pragma unroll
         for (int j = 0; j < kThreadPairs; ++j) {
-          const uint32_t pair = values[low] | uint32_t{values[high + j]} << 16;
+          const uint32_t pair = low_value | uint32_t{high_values.values[j]} << 16;
           *reinterpret_cast<uint4*>(shared.tables[row / kTileRows].pairs[(high + j) * kEntries + low][row / 8 % 2][row % 8]) =
               make_uint4(pair, pair, pair, pair);
         }
       }
     }
-    // Column (low half) and value of the first entries of this warp's rows; a 32-bit column or value
-    // is loaded when it is used.
-    uint32_t sparse_ahead[kWarpRows][kSparseAhead];
-    const bool packed_sparse = has_sparse && !weight.wide_columns && weight.values_dtype != DType::kFloat32;
-    if (packed_sparse) {
+    // The sparse entries of this warp's rows are wanted after the dense part.
+    if (has_sparse) {
 #pragma unroll
       for (int m = 0; m < kWarpRows; ++m) {
         const int2 row = shared.sparse_rows[buffer][m * kWarps + warp];
-#pragma unroll
-        for (int i = 0; i < kSparseAhead; ++i) {
-          const int entry = row.x + i * kWarpLanes + lane;
-          if (entry < row.y)
-            sparse_ahead[m][i] = __ldg(static_cast<const uint16_t*>(weight.col_indices) + entry) |
-                                 uint32_t{__ldg(static_cast<const uint16_t*>(weight.values) + entry)} << 16;
+        const int entry = row.x + lane * kWarpLanes;
+        if (entry < row.y) {
+          const int64_t column_bytes = weight.wide_columns ? 4 : 2;
+          const int64_t value_bytes = weight.values_dtype == DType::kFloat32 ? 4 : 2;
+          prefetch_l2(static_cast<const unsigned char*>(weight.col_indices) + entry * column_bytes);
+          prefetch_l2(static_cast<const unsigned char*>(weight.values) + entry * value_bytes);
         }
       }
     }
@@ -354,24 +351,9 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       for (int m = 0; m < kWarpRows; ++m) {
         const int2 row = shared.sparse_rows[buffer][m * kWarps + warp];
         float lane_sums[kBatch] = {};
-        if (packed_sparse) {
-#pragma unroll
-          for (int i = 0; i < kSparseAhead; ++i) {
-            if (row.x + i * kWarpLanes + lane >= row.y) continue;
-            const int sparse_k = min(static_cast<int>(sparse_ahead[m][i] & 0xffff), weight.in_features - 1);
-            const uint16_t bits = sparse_ahead[m][i] >> 16;
-            const float value = weight.values_dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
-                                                                       : __bfloat162float(__ushort_as_bfloat16(bits));
-#pragma unroll
-            for (int n = 0; n < kBatch; ++n)
-              if (n < call.batch)
-                lane_sums[n] += value * to_float(static_cast<const T*>(call.x)[int64_t{n} * weight.in_features + sparse_k]);
-          }
-        }
-        const int begin = row.x + (packed_sparse ? kSparseAhead * kWarpLanes : 0) + lane;
         if (row.y - row.x <= kHeavyRow) {
-#pragma unroll 2
-          for (int entry = begin; entry < row.y; entry += kWarpLanes) add_sparse<T, kBatch>(lane_sums, call, entry);
+#pragma unroll 4
+          for (int entry = row.x + lane; entry < row.y; entry += kWarpLanes) add_sparse<T, kBatch>(lane_sums, call, entry);
         }
         add_warp_sum(lane_sums, m * kWarps + warp);
       }
@@ -382,8 +364,7 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
         const int2 row = shared.sparse_rows[buffer][r];
         float lane_sums[kBatch] = {};
 #pragma unroll 2
-        for (int entry = row.x + (packed_sparse ? kSparseAhead * kWarpLanes : 0) + threadIdx.x; entry < row.y;
-             entry += kThreads)
+        for (int entry = row.x + threadIdx.x; entry < row.y; entry += kThreads)
           add_sparse<T, kBatch>(lane_sums, call, entry);
         add_warp_sum(lane_sums, r);
       }
@@ -412,7 +393,7 @@ cudaError_t launch(const LinearCall& call) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
   const int tiles = (call.weight.out_features + Shared::kRows - 1) / Shared::kRows;
-  const int resident = blocks_per_multiprocessor(kBits, kTiles, kWarps) * call.multiprocessors;
+  const int resident = blocks_per_multiprocessor(kTiles, kWarps) * call.multiprocessors;
   kernel<<<tiles < resident ? tiles : resident, kWarps * kWarpLanes, sizeof(Shared), call.stream>>>(call);
   return cudaGetLastError();
 }
@@ -422,11 +403,13 @@ cudaError_t launch_batch(const LinearCall& call) {
   const bool vector = is_aligned(call);
   if (!vector) return call.batch == 1 ? launch<T, kBits, 1, 1, 16, false>(call) : launch<T, kBits, 2, 8, 16, false>(call);
   if (call.batch <= 2) {
-    // Measured: blocks of 8 warps overlap each other's phases better, those of 16 share tables that
-    // do not fit four times, and divide few long rows more evenly.
-    const bool many_tiles = call.weight.out_features > 3 * kTileRows * call.multiprocessors;
-    if (getenv("SQ8") ? getenv("SQ8")[0] == '1' : call.weight.in_features <= 8192 || (many_tiles && kBits < 4))
-      return call.batch == 1 ? launch<T, kBits, 1, 1, 8, true>(call) : launch<T, kBits, 1, 2, 8, true>(call);
+    // Measured: blocks of 8 warps overlap each other's phases better where four of them fit, unless
+    // rows are long and few.
+    if constexpr (kBits < 4) {
+      const bool many_tiles = call.weight.out_features > 3 * kTileRows * call.multiprocessors;
+      if (many_tiles || call.weight.in_features <= 8192)
+        return call.batch == 1 ? launch<T, kBits, 1, 1, 8, true>(call) : launch<T, kBits, 1, 2, 8, true>(call);
+    }
     return call.batch == 1 ? launch<T, kBits, 1, 1, 16, true>(call) : launch<T, kBits, 1, 2, 16, true>(call);
   }
   return call.batch <= 4 ? launch<T, kBits, 2, 4, 16, true>(call) : launch<T, kBits, 2, 8, 16, true>(call);
