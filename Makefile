@@ -1,6 +1,7 @@
 # make demo   quantize SmolLM2 to 4 and 3 bits, reload it, compare (MODEL=hub/id for another model)
 # make test   the whole test suite on a CPU, real model included
 # make lint   ruff, mypy, import-linter, clang-format
+# make asan   the kernels' tests under AddressSanitizer
 # make bench  kernel and quantization benchmarks
 # make wheel  build a wheel into dist/
 #
@@ -59,7 +60,7 @@ wheel: $(VENV)/torch.stamp
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 asan: $(VENV)/package.stamp
-	bash tests/ops/asan.sh $(BIN)/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python sh tests/ops/asan.sh
 
 clean:
 	rm -rf $(VENV) build dist

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "convert.h"
+#include "fetch.h"
 
 namespace squeezellm_hf {
 namespace {
@@ -27,7 +28,14 @@ struct Avx512 {
 
   static Float zero() { return _mm512_setzero_ps(); }
   static Float load(const float* from) { return _mm512_loadu_ps(from); }
+  static Float load_first(const float* from, int n) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes(n)), from);
+  }
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
+  static Float fetch(const float* x, const uint16_t* columns, uint16_t limit) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(fetch8(x, columns, limit)), fetch8(x, columns + 8, limit), 1);
+  }
+  static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float multiply_add(Float a, Float b, Float sum) { return _mm512_fmadd_ps(a, b, sum); }
   static float reduce_add(Float value) { return _mm512_reduce_add_ps(value); }
@@ -36,10 +44,6 @@ struct Avx512 {
   static Int load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
   static Int load_words(const uint32_t* from, int n) {
     return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(first_lanes(n)), from);
-  }
-  static void prefetch(const uint32_t* from, int64_t words_ahead) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(words_ahead) * 4;
-    _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
   }
 
   template <int kShift>
@@ -133,7 +137,6 @@ struct Avx512Narrow {
   using Index = int16_t;
   using Int = __m512i;
 
-  static void prefetch(const uint32_t* from, int64_t words_ahead) { Avx512::prefetch(from, words_ahead); }
   static void store(uint16_t* to, Int value) { _mm512_storeu_si512(to, value); }
   static Int load_words(const uint32_t* from, int n) { return Avx512::load_words(from, n); }
   static Int bit_or(Int a, Int b) { return _mm512_or_si512(a, b); }

@@ -53,13 +53,13 @@ SQ_INLINE void decode_group(const uint32_t* words, int n_words, const typename L
   });
 }
 
-// Decodes n weights from `words` on. The same place `ahead` words further on is prefetched.
+// Decodes n weights from `words` on. The same place `ahead` bytes further on is prefetched.
 template <class Lanes, int kBits>
 static void decode_words(const uint32_t* words, int64_t n, int64_t ahead,
                          const typename Lanes::template Table<kBits>& table, typename Lanes::Element* out) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32, words += kBits) {
-    Lanes::prefetch(words, ahead);
+    prefetch(words, ahead);
     decode_group<Lanes, kBits>(words, kBits, table, out + i);
   }
   if (i < n) {
@@ -70,15 +70,15 @@ static void decode_words(const uint32_t* words, int64_t n, int64_t ahead,
   }
 }
 
-// One row in its natural order, as fp32, bf16 or fp16. `Narrow` are the 16-bit lanes of the
+// One row in its natural order, dense and sparse, as fp32, bf16 or fp16. `Narrow` are the 16-bit lanes of the
 // instruction set, or void.
 template <class Wide, class Narrow, int kBits, class Out>
-static void decode_dense(const LutWeight& weight, int64_t row, int64_t rows_ahead, Out* out) {
+static void decode_row_bits(const LutWeight& weight, int64_t row, int64_t rows_ahead, Out* out) {
   const uint32_t* words = weight.qweight + row * weight.words_per_row;
   const void* entries =
       static_cast<const char*>(weight.lookup_table) + (row << kBits) * element_size(weight.table_dtype);
   const int64_t n = weight.in_features;
-  const int64_t ahead = rows_ahead * weight.words_per_row;
+  const int64_t ahead = rows_ahead * weight.words_per_row * 4;
   if constexpr (sizeof(Out) == 4) {
     const typename Wide::template Table<kBits> table(entries, weight.table_dtype);
     decode_words<Wide, kBits>(words, n, ahead, table, out);
@@ -95,37 +95,36 @@ static void decode_dense(const LutWeight& weight, int64_t row, int64_t rows_ahea
       from_floats(chunk, count, out + i);
     }
   }
+  add_sparse(weight, kBits, row, out);
 }
 
-// The same with the sparse part.
 template <class Wide, class Narrow, class Out>
 static void decode_row(const LutWeight& weight, int64_t row, int64_t rows_ahead, Out* out) {
   switch (weight.bits) {
     case 1:
-      decode_dense<Wide, Narrow, 1>(weight, row, rows_ahead, out);
+      decode_row_bits<Wide, Narrow, 1>(weight, row, rows_ahead, out);
       break;
     case 2:
-      decode_dense<Wide, Narrow, 2>(weight, row, rows_ahead, out);
+      decode_row_bits<Wide, Narrow, 2>(weight, row, rows_ahead, out);
       break;
     case 3:
-      decode_dense<Wide, Narrow, 3>(weight, row, rows_ahead, out);
+      decode_row_bits<Wide, Narrow, 3>(weight, row, rows_ahead, out);
       break;
     case 4:
-      decode_dense<Wide, Narrow, 4>(weight, row, rows_ahead, out);
+      decode_row_bits<Wide, Narrow, 4>(weight, row, rows_ahead, out);
       break;
     case 5:
-      decode_dense<Wide, Narrow, 5>(weight, row, rows_ahead, out);
+      decode_row_bits<Wide, Narrow, 5>(weight, row, rows_ahead, out);
       break;
     case 6:
-      decode_dense<Wide, Narrow, 6>(weight, row, rows_ahead, out);
+      decode_row_bits<Wide, Narrow, 6>(weight, row, rows_ahead, out);
       break;
     case 7:
-      decode_dense<Wide, Narrow, 7>(weight, row, rows_ahead, out);
+      decode_row_bits<Wide, Narrow, 7>(weight, row, rows_ahead, out);
       break;
     default:
-      decode_dense<Wide, Narrow, 8>(weight, row, rows_ahead, out);
+      decode_row_bits<Wide, Narrow, 8>(weight, row, rows_ahead, out);
   }
-  add_sparse(weight, row, out);
 }
 
 template <class Wide, class Narrow>

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "fetch.h"
 #include "linear.h"
 
 namespace squeezellm_hf {
@@ -23,7 +24,10 @@ struct Avx2 {
 
   static Float zero() { return _mm256_setzero_ps(); }
   static Float load(const float* from) { return _mm256_loadu_ps(from); }
+  static Float load_first(const float* from, int n) { return _mm256_maskload_ps(from, first_lanes(n)); }
   static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
+  static Float fetch(const float* x, const uint16_t* columns, uint16_t limit) { return fetch8(x, columns, limit); }
+  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float multiply_add(Float a, Float b, Float sum) { return _mm256_fmadd_ps(a, b, sum); }
   static float reduce_add(Float value) {
@@ -36,10 +40,6 @@ struct Avx2 {
   static Int load_words(const uint32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
   static Int load_words(const uint32_t* from, int n) {
     return _mm256_maskload_epi32(reinterpret_cast<const int*>(from), first_lanes(n));
-  }
-  static void prefetch(const uint32_t* from, int64_t words_ahead) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(words_ahead) * 4;
-    _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
   }
 
   template <int kShift>

@@ -67,7 +67,7 @@ void linear_rows(const LinearCall& call, int64_t begin, int64_t end, void* scrat
   for (int64_t row = begin; row < end; ++row) {
     load_floats(weight.lookup_table, weight.table_dtype, row << weight.bits, int64_t{1} << weight.bits, table);
     decode(weight, row, table, 0, n, decoded);
-    add_sparse(weight, row, decoded);
+    add_sparse(weight, weight.bits, row, decoded);
     const float bias = call.bias == nullptr ? 0 : element(call.bias, call.bias_dtype, row);
     for (int64_t b = 0; b < call.batch; ++b) {
       const float sum = dot(x + b * stride, decoded, stride) + bias;
@@ -90,7 +90,7 @@ void dequantize(const DequantizeCall& call, int64_t begin, int64_t end) {
       decode(weight, row, table, first, count, chunk);
       from_floats(chunk, count, out + first);
     }
-    add_sparse(weight, row, out);
+    add_sparse(weight, weight.bits, row, out);
   }
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "decode.h"
+#include "sparse_products.h"
 
 namespace squeezellm_hf {
 
@@ -29,7 +30,9 @@ template <class Lanes>
 struct SmallBatch {
   using Float = typename Lanes::Float;
   using Int = typename Lanes::Int;
+  using Products = SparseProducts<Lanes>;
   static constexpr int kLanes = Lanes::kLanes;
+  static constexpr int kRowBlock = 24;  // rows whose sparse products are made together
 
   static bool serves(const LinearCall& call) {
     return call.batch <= kMaxSmallBatch && call.weight.bits <= kMaxSmallBits;
@@ -42,10 +45,11 @@ struct SmallBatch {
     return (call.weight.in_features + block - 1) / block * block * kernel_batch(call.batch);
   }
 
-  // Packed x, then (for the sparse part) x transposed: [in_features, kernel_batch].
+  // Packed x, then (for the sparse part) x transposed: [in_features, kernel_batch], and a row of
+  // zeros for columns outside the matrix.
   static int64_t workspace_bytes(const LinearCall& call) {
     int64_t size = packed_size(call);
-    if (call.weight.crow_indices != nullptr) size += call.weight.in_features * kernel_batch(call.batch);
+    if (call.weight.crow_indices != nullptr) size += (call.weight.in_features + 1) * kernel_batch(call.batch);
     return size * static_cast<int64_t>(sizeof(float));
   }
 
@@ -69,6 +73,7 @@ struct SmallBatch {
         if (transposed != nullptr)
           for (int64_t i = 0; i < block && first + i < n; ++i) transposed[(first + i) * batch + b] = x[i];
       }
+      if (transposed != nullptr) transposed[n * batch + b] = 0;
     }
   }
 
@@ -90,7 +95,7 @@ struct SmallBatch {
 
   // kRows rows at a time share each load of x, and are as many streams from memory.
   template <int kBits, int kBatch, int kRows>
-  static void rows(const LinearCall& call, int64_t first_row, int64_t end) {
+  static void rows(const LinearCall& call, int64_t first_row, int64_t end, const Products* products = nullptr) {
     using Table = typename Lanes::template Table<kBits>;
     constexpr int kWords = Unit<kBits>::kWords;
     constexpr int kWeights = Unit<kBits>::kWeights;
@@ -113,7 +118,7 @@ struct SmallBatch {
       words[r] = weight.qweight + row * weight.words_per_row;
     }
     // The same place in later rows, some kilobytes ahead: further than the hardware prefetcher sees.
-    const int64_t ahead = rows_ahead(weight, kRows) * weight.words_per_row;
+    const int64_t ahead = rows_ahead(weight, kRows) * weight.words_per_row * 4;
 
     Float sums[kRows][kBatch][kSums];
     for (auto& row : sums)
@@ -127,7 +132,7 @@ struct SmallBatch {
         const uint32_t* from = words[r] + block * kLanes * kWords;
         for (int w = 0; w < kWords; ++w) {
           packed_words[r][w] = Lanes::load_words(from + w * kLanes);
-          Lanes::prefetch(from + w * kLanes, ahead);
+          prefetch(from + w * kLanes, ahead);
         }
         if constexpr (kWords == 3) Lanes::deinterleave(packed_words[r]);
       }
@@ -175,9 +180,10 @@ struct SmallBatch {
       for (int b = 0; b < kBatch; ++b) {
         Float sum = sums[r][b][0];
         for (int i = 1; i < kSums; ++i) sum = Lanes::add(sum, sums[r][b][i]);
+        if (kBatch == 1 && products != nullptr) sum = products->add(row, sum);
         y[b] = Lanes::reduce_add(sum);
       }
-      if (weight.crow_indices != nullptr) sparse<kBatch>(weight, row, transposed, y);
+      if (weight.crow_indices != nullptr && products == nullptr) sparse<kBatch>(weight, row, transposed, y);
       const float bias = call.bias == nullptr ? 0 : element(call.bias, call.bias_dtype, row);
       for (int b = 0; b < kBatch && b < call.batch; ++b) {
         y[b] += bias;
@@ -189,13 +195,11 @@ struct SmallBatch {
   // Not inlined: one copy, so one order of additions, for every caller.
   template <int kBatch>
   __attribute__((noinline)) static void sparse(const LutWeight& weight, int64_t row, const float* x, float* y) {
-    constexpr int kSums = kBatch == 1 ? 4 : 1;
-    float sums[kSums][kBatch] = {};
-    for_each_entry(weight, row, [&](auto slot, int64_t column, float value) {
-      for (int b = 0; b < kBatch; ++b) sums[slot % kSums][b] += value * x[column * kBatch + b];
+    float sums[kBatch] = {};
+    for_each_entry(weight, row, [&](int64_t column, float value) {
+      for (int b = 0; b < kBatch; ++b) sums[b] += value * x[column * kBatch + b];
     });
-    for (int b = 0; b < kBatch; ++b)
-      for (int i = 0; i < kSums; ++i) y[b] += sums[i][b];
+    for (int b = 0; b < kBatch; ++b) y[b] += sums[b];
   }
 
   template <int kBits>
@@ -203,7 +207,13 @@ struct SmallBatch {
     constexpr int kRows = Lanes::kRegisters >= 32 ? 4 : 2;  // as many sums as registers allow
     switch (kernel_batch(call.batch)) {
       case 1:
-        for (int64_t row = begin; row < end; row += 4) rows<kBits, 1, 4>(call, row, end);
+        for (int64_t block = begin; block < end; block += kRowBlock) {
+          const int64_t block_end = end - block < kRowBlock ? end : block + kRowBlock;
+          const float* x = static_cast<const float*>(call.workspace) + packed_size(call);
+          const Products products(call.weight, block, block_end, x);
+          for (int64_t row = block; row < block_end; row += 4)
+            rows<kBits, 1, 4>(call, row, block_end, products.covers() ? &products : nullptr);
+        }
         return;
       case 2:
         for (int64_t row = begin; row < end; row += kRows) rows<kBits, 2, kRows>(call, row, end);

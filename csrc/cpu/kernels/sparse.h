@@ -8,6 +8,17 @@
 
 namespace squeezellm_hf {
 
+static inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// Prefetches what lies a little behind [from, to): the entries are two more streams from memory, too
+// slow ones for the hardware prefetcher to follow.
+SQ_INLINE void prefetch_behind(const void* from, const void* to) {
+  const char* end = static_cast<const char*>(to);
+  for (const char* line = static_cast<const char*>(from); line < end; line += 64) prefetch(line, 1024);
+}
+
 struct SparseRange {
   int64_t begin;
   int64_t end;
@@ -15,35 +26,23 @@ struct SparseRange {
 
 static inline SparseRange sparse_range(const LutWeight& weight, int64_t row) {
   if (weight.crow_indices == nullptr) return {0, 0};
-  int64_t begin = weight.crow_indices[row];
-  int64_t end = weight.crow_indices[row + 1];
-  begin = begin < 0 ? 0 : begin;
-  end = end > weight.nnz ? weight.nnz : end;
+  const int64_t begin = clamp(weight.crow_indices[row], 0, weight.nnz);
+  const int64_t end = clamp(weight.crow_indices[row + 1], 0, weight.nnz);
   return {begin, end};  // empty where begin >= end
 }
 
-// Calls visit(slot, column, value) for the row's entries that lie inside the matrix. `slot` counts
-// 0, 1, 2, 3, 0, ... as a compile-time constant, for callers that keep several sums.
+// Calls visit(column, value) for the row's entries that lie inside the matrix.
 template <class Column, class Value, class Visit>
 static inline void visit_entries(const LutWeight& weight, SparseRange range, Visit visit) {
   const Column* columns = static_cast<const Column*>(weight.col_indices);
   const Value* values = static_cast<const Value*>(weight.values);
   // A negative int32 column becomes a huge unsigned one.
   const uint64_t in_features = static_cast<uint64_t>(weight.in_features);
-  // Two more streams from memory, too slow ones for the hardware prefetcher to follow.
-  constexpr int64_t kAhead = 256;
-  __builtin_prefetch(columns + range.end + kAhead);
-  __builtin_prefetch(values + range.end + kAhead);
-  int64_t i = range.begin;
-  for (; i + 4 <= range.end; i += 4) {
-    unroll<0, 4>([&](auto slot) SQ_INLINE_LAMBDA {
-      const uint64_t column = static_cast<uint64_t>(columns[i + slot]);
-      if (column < in_features) visit(slot, static_cast<int64_t>(column), to_float(values[i + slot]));
-    });
-  }
-  for (; i < range.end; ++i) {
+  prefetch_behind(columns + range.begin, columns + range.end);
+  prefetch_behind(values + range.begin, values + range.end);
+  for (int64_t i = range.begin; i < range.end; ++i) {
     const uint64_t column = static_cast<uint64_t>(columns[i]);
-    if (column < in_features) visit(Constant<0>{}, static_cast<int64_t>(column), to_float(values[i]));
+    if (column < in_features) visit(static_cast<int64_t>(column), to_float(values[i]));
   }
 }
 
@@ -71,28 +70,29 @@ static inline void for_each_entry(const LutWeight& weight, int64_t row, Visit vi
   }
 }
 
-// Index `column` of a packed row of `words` words.
-static inline uint32_t packed_index(const uint32_t* row, int64_t words, int bits, int64_t column) {
-  const int64_t bit = column * bits;
-  const int64_t word = bit >> 5;
-  const uint64_t low = row[word];
-  const uint64_t high = word + 1 < words ? row[word + 1] : 0;
-  return static_cast<uint32_t>((low | high << 32) >> (bit & 31)) & ((1u << bits) - 1);
+// Adds the sparse part to a decoded row. `bits` is the weight's, given once more because callers
+// know it as a constant.
+static inline void add_sparse(const LutWeight& weight, int /*bits*/, int64_t row, float* decoded) {
+  for_each_entry(weight, row, [=](int64_t column, float value) { decoded[column] += value; });
 }
 
-// Adds the sparse part to a decoded row. 16-bit rows are rounded already, so the dense value is
-// looked up once more and the sum is rounded once.
-static inline void add_sparse(const LutWeight& weight, int64_t row, float* decoded) {
-  for_each_entry(weight, row, [=](auto, int64_t column, float value) { decoded[column] += value; });
-}
-
+// 16-bit rows are rounded already, so the dense value is looked up once more and the sum is rounded
+// once.
 template <class Out>
-static inline void add_sparse(const LutWeight& weight, int64_t row, Out* decoded) {
-  const uint32_t* words = weight.qweight + row * weight.words_per_row;
-  const int64_t table = row << weight.bits;
-  for_each_entry(weight, row, [&](auto, int64_t column, float value) {
-    const uint32_t index = packed_index(words, weight.words_per_row, weight.bits, column);
-    from_float(element(weight.lookup_table, weight.table_dtype, table + index) + value, &decoded[column]);
+static inline void add_sparse(const LutWeight& weight, int bits, int64_t row, Out* decoded) {
+  const SparseRange range = sparse_range(weight, row);
+  if (range.begin >= range.end) return;
+  float table[256];
+  load_floats(weight.lookup_table, weight.table_dtype, row << bits, int64_t{1} << bits, table);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(weight.qweight + row * weight.words_per_row);
+  const int64_t last = weight.words_per_row * 4 - 2;
+  const uint32_t mask = (1u << bits) - 1;
+  for_each_entry(weight, row, [=, &table](int64_t column, float value) {
+    const int64_t bit = column * bits;
+    // Two bytes hold any index; the last two bytes of the row are the last that may be read.
+    const int64_t byte = (bit >> 3) < last ? bit >> 3 : last;
+    const uint32_t pair = bytes[byte] | uint32_t{bytes[byte + 1]} << 8;
+    from_float(table[pair >> (bit - 8 * byte) & mask] + value, &decoded[column]);
   });
 }
 
