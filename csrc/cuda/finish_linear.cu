@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kThreads)
     tile[i][lane] = n + i < batch && k + lane < in_features ? x[int64_t{n + i} * in_features + k + lane] : 0;
   __syncthreads();
   for (int i = warp; i < kTile; i += kWarps)
-    if (n + lane < padded_batch && k + i < in_features) transposed[int64_t{k + i} * padded_batch + n + lane] = tile[lane][i];
+    if (n + lane < padded_batch && k + i < in_features)
+      transposed[int64_t{k + i} * padded_batch + n + lane] = tile[lane][i];
 }
 
 // The sparse part of one row by a warp: the lanes load an entry each, then take 32 / kLanes entries at
@@ -88,8 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     const int n = first_column + i / kRows;
     if (row >= weight.out_features) continue;
     float sum = call.bias == nullptr ? 0.0f : load_float(call.bias, call.bias_dtype, row);
-    for (int s = 0; s < slices; ++s)
-      sum += call.workspace[(int64_t{s} * call.batch + n) * weight.out_features + row];
+    for (int s = 0; s < slices; ++s) sum += call.workspace[(int64_t{s} * call.batch + n) * weight.out_features + row];
     if (transposed != nullptr) sum += sparse_sums[i / kRows][i % kRows];
     static_cast<T*>(call.y)[int64_t{n} * weight.out_features + row] = from_float<T>(sum);
   }
@@ -99,8 +99,8 @@ template <class T, int kLanes>
 void launch_finish(const LinearCall& call, int slices, int padded_batch) {
   constexpr int kBatch = kLanes * kVector;
   const dim3 grid((call.weight.out_features + kRows - 1) / kRows, (call.batch + kBatch - 1) / kBatch);
-  finish_kernel<T, kLanes><<<grid, kThreads, 0, call.stream>>>(call, slices, static_cast<const T*>(call.transposed_x),
-                                                               padded_batch);
+  finish_kernel<T, kLanes>
+      <<<grid, kThreads, 0, call.stream>>>(call, slices, static_cast<const T*>(call.transposed_x), padded_batch);
 }
 
 template <class T>

@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       const int position = i * kThreads + threadIdx.x;
       if (position >= kRows * kEntries) break;
       const int row = min(tile * kRows + position / kEntries, last_row);
-      next_values[i] = load_bits(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + position % kEntries);
+      next_values[i] =
+          load_bits(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + position % kEntries);
     }
     if (has_sparse && threadIdx.x < kRows) {
       const int row = tile * kRows + threadIdx.x;
@@ -212,7 +213,8 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
         shared.values[buffer][position / kEntries][position % kEntries] =
             from_float<T>(float_of_bits(next_values[i], weight.table_dtype));
     }
-    if (has_sparse && threadIdx.x < kRows) shared.sparse_rows[buffer][threadIdx.x] = clamped_sparse_row(weight, next_sparse_row);
+    if (has_sparse && threadIdx.x < kRows)
+      shared.sparse_rows[buffer][threadIdx.x] = clamped_sparse_row(weight, next_sparse_row);
   };
 
   load_tile_data(blockIdx.x);
@@ -251,7 +253,8 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
 #pragma unroll
         for (int j = 0; j < kThreadPairs; ++j) {
           const uint32_t pair = low_value | uint32_t{high_values.values[j]} << 16;
-          *reinterpret_cast<uint4*>(shared.tables[row / kTileRows].pairs[(high + j) * kEntries + low][row / 8 % 2][row % 8]) =
+          *reinterpret_cast<uint4*>(
+              shared.tables[row / kTileRows].pairs[(high + j) * kEntries + low][row / 8 % 2][row % 8]) =
               make_uint4(pair, pair, pair, pair);
         }
       }
@@ -305,7 +308,8 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
                       memory + (m * sizeof(typename Shared::Table) + h * (kEntryBytes / 2)) + offset);
                 }
               multiply_accumulate<T>(products[0][m], pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], b.x, b.y);
-              multiply_accumulate<T>(products[kSums - 1][m], pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3], b.z, b.w);
+              multiply_accumulate<T>(products[kSums - 1][m], pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3], b.z,
+                                     b.w);
             }
             // Words whose last index was just used make room for those of a later unit.
             constexpr int kGroupBits = 8 * kBits;
@@ -338,7 +342,7 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
       }
     if (has_sparse) {
       __syncwarp();
-      auto add_warp_sum = [&](float(&lane_sums)[kBatch], int r) {
+      auto add_warp_sum = [&](float (&lane_sums)[kBatch], int r) {
 #pragma unroll
         for (int n = 0; n < kBatch; ++n) {
 #pragma unroll
@@ -353,7 +357,8 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_per_multiprocessor(
         float lane_sums[kBatch] = {};
         if (row.y - row.x <= kHeavyRow) {
 #pragma unroll 4
-          for (int entry = row.x + lane; entry < row.y; entry += kWarpLanes) add_sparse<T, kBatch>(lane_sums, call, entry);
+          for (int entry = row.x + lane; entry < row.y; entry += kWarpLanes)
+            add_sparse<T, kBatch>(lane_sums, call, entry);
         }
         add_warp_sum(lane_sums, m * kWarps + warp);
       }
@@ -387,21 +392,24 @@ template <class T, int kBits, int kTiles, int kBatch, int kWarps, bool kVector>
 cudaError_t launch(const LinearCall& call) {
   using Shared = SharedMemory<T, kBits, kTiles, kBatch, kWarps>;
   if constexpr (kTiles > 1) {
-    if (sizeof(Shared) > static_cast<size_t>(call.shared_memory)) return launch<T, kBits, 1, kBatch, kWarps, kVector>(call);
+    if (sizeof(Shared) > static_cast<size_t>(call.shared_memory))
+      return launch<T, kBits, 1, kBatch, kWarps, kVector>(call);
   }
   const auto kernel = small_batch_kernel<T, kBits, kTiles, kBatch, kWarps, kVector>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
   const int tiles = (call.weight.out_features + Shared::kRows - 1) / Shared::kRows;
   const int resident = blocks_per_multiprocessor(kTiles, kWarps) * call.multiprocessors;
-  kernel<<<tiles < resident ? tiles : resident, kWarps * kWarpLanes, sizeof(Shared), call.stream>>>(call);
+  const int blocks = tiles < resident ? tiles : resident;
+  kernel<<<blocks, kWarps * kWarpLanes, sizeof(Shared), call.stream>>>(call);
   return cudaGetLastError();
 }
 
 template <class T, int kBits>
 cudaError_t launch_batch(const LinearCall& call) {
   const bool vector = is_aligned(call);
-  if (!vector) return call.batch == 1 ? launch<T, kBits, 1, 1, 16, false>(call) : launch<T, kBits, 2, 8, 16, false>(call);
+  if (!vector)
+    return call.batch == 1 ? launch<T, kBits, 1, 1, 16, false>(call) : launch<T, kBits, 2, 8, 16, false>(call);
   if (call.batch <= 2) {
     // Measured: blocks of 8 warps overlap each other's phases better where four of them fit, unless
     // rows are long and few.

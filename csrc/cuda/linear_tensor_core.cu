@@ -22,7 +22,9 @@ constexpr int kChunkBytes = 16;
 
 // Stages in shared memory, and blocks of a multiprocessor: two times some 100 KB, or one block.
 template <int kBatch>
-constexpr int kStages = kBatch <= 32 ? 4 : kBatch == 128 ? 2 : 3;
+constexpr int kStages = kBatch <= 32    ? 4
+                        : kBatch == 128 ? 2
+                                        : 3;
 constexpr int blocks_per_multiprocessor(int batch) { return batch <= 16 ? 3 : batch <= 128 ? 2 : 1; }
 
 template <int kBits>
@@ -83,7 +85,8 @@ __device__ RowTable<kBits> load_table(const LutWeight& weight, int row) {
     uint32_t low = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const T value = from_float<T>(load_float(weight.lookup_table, weight.table_dtype, (int64_t{row} << kBits) + r * 4 + i));
+      const T value =
+          from_float<T>(load_float(weight.lookup_table, weight.table_dtype, (int64_t{row} << kBits) + r * 4 + i));
       const uint32_t bits = *reinterpret_cast<const uint16_t*>(&value);
       high |= bits >> 8 << 8 * i;
       low |= (bits & 0xff) << 8 * i;
@@ -123,8 +126,8 @@ __device__ __forceinline__ void look_up(const RowTable<kBits>& table, uint32_t i
     const uint32_t choice = (indices >> 1 & 0x4444) | 0x3210;
     high = __byte_perm(__byte_perm(table.high[0], table.high[1], within),
                        __byte_perm(table.high[2], table.high[3], within), choice);
-    low = __byte_perm(__byte_perm(table.low[0], table.low[1], within),
-                      __byte_perm(table.low[2], table.low[3], within), choice);
+    low = __byte_perm(__byte_perm(table.low[0], table.low[1], within), __byte_perm(table.low[2], table.low[3], within),
+                      choice);
   } else {
     constexpr int kLast = RowTable<kBits>::kRegisters - 1;
     high = __byte_perm(table.high[0], table.high[kLast], indices);
@@ -290,7 +293,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
     for (int i = 0; i < 4; ++i) {
       const int out_row = first_row + row + i / 2 * 8;
       const int column = first_column + n * 8 + lane % 4 * 2 + i % 2;
-      if (out_row <= last_row && column < call.batch) sums[int64_t{column} * weight.out_features + out_row] = products[n][i];
+      if (out_row <= last_row && column < call.batch)
+        sums[int64_t{column} * weight.out_features + out_row] = products[n][i];
     }
 }
 

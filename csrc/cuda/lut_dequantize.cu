@@ -5,7 +5,7 @@ namespace squeezellm_hf::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRun = 8;             // consecutive weights of a thread: 16 bytes of a 16-bit dtype
+constexpr int kRun = 8;  // consecutive weights of a thread: 16 bytes of a 16-bit dtype
 constexpr int kRunsPerThread = 4;
 constexpr int kBlockWeights = kThreads * kRun * kRunsPerThread;  // of one row
 
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const LutWeight we
   for (int r = 0; r < kRunsPerThread; ++r) {
     const int64_t begin = block_begin + (r * kThreads + threadIdx.x) * kRun;
     if (begin >= in_features) break;
-    uint32_t(&run)[kRunWords + 1] = runs[r];
+    uint32_t (&run)[kRunWords + 1] = runs[r];
     const uint32_t offset = begin * kBits % 32;
 #pragma unroll
     for (int i = 0; i < kRunWords; ++i) run[i] = __funnelshift_r(run[i], run[i + 1], offset);
@@ -84,9 +84,10 @@ cudaError_t launch(const DequantizeCall& call) {
   const int rows = call.weight.out_features;
   const int y = rows < kMaxY ? rows : kMaxY;
   const dim3 grid((call.weight.in_features + int64_t{kBlockWeights} - 1) / kBlockWeights, y, (rows + y - 1) / y);
-  const bool vector_stores = reinterpret_cast<uintptr_t>(call.out) % 16 == 0 &&
-                             call.weight.in_features * int64_t{sizeof(T)} % 16 == 0;
-  dequantize_kernel<T, kBits><<<grid, kThreads, 0, call.stream>>>(call.weight, static_cast<T*>(call.out), vector_stores);
+  const bool vector_stores =
+      reinterpret_cast<uintptr_t>(call.out) % 16 == 0 && call.weight.in_features * int64_t{sizeof(T)} % 16 == 0;
+  dequantize_kernel<T, kBits>
+      <<<grid, kThreads, 0, call.stream>>>(call.weight, static_cast<T*>(call.out), vector_stores);
   return cudaGetLastError();
 }
 

@@ -27,7 +27,8 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 void check_launch(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA kernel launch failed: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA kernel launch failed: ") + cudaGetErrorString(error));
 }
 
 int device_attribute(cudaDeviceAttr attribute, int32_t device) {
@@ -115,8 +116,7 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     check_launch(linear_small_batch(call));
     return y;
   }
-  const Tensor workspace =
-      torch::stable::new_empty(x, {linear_slices(call), batch, out_features}, ScalarType::Float);
+  const Tensor workspace = torch::stable::new_empty(x, {linear_slices(call), batch, out_features}, ScalarType::Float);
   call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   std::optional<Tensor> transposed;
   if (call.weight.crow_indices != nullptr) {

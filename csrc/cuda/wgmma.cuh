@@ -46,25 +46,22 @@ __device__ void multiply_group(float (&sums)[kColumns / 8][4], const uint32_t (&
 #define SUMS_8(n) SUMS_4(n), SUMS_4(n + 4)
 #define SUMS_16(n) SUMS_8(n), SUMS_8(n + 8)
 #define SUMS_32(n) SUMS_16(n), SUMS_16(n + 16)
-#define MULTIPLY_GROUP(type, name, columns, registers, a0, a1, a2, a3, b, ...)                            \
-  template <>                                                                                                 \
-  __device__ __forceinline__ void multiply_group<type, columns>(float(&sums)[columns / 8][4],                 \
-                                                                const uint32_t(&a)[4], uint64_t descriptor) { \
-    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" registers "}, {"   \
-                 a0 ", " a1 ", " a2 ", " a3 "}, " b ", add, 1, 1, 0;}"                                              \
-                 : __VA_ARGS__                                                                                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));                              \
+#define MULTIPLY_GROUP(type, name, columns, registers, a0, a1, a2, a3, b, ...)                                         \
+  template <>                                                                                                          \
+  __device__ __forceinline__ void multiply_group<type, columns>(float (&sums)[columns / 8][4], const uint32_t (&a)[4], \
+                                                                uint64_t descriptor) {                                 \
+    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name  \
+                 "." name " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", add, 1, 1, 0;}"                  \
+                 : __VA_ARGS__                                                                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));                                       \
   }
-#define MULTIPLY_GROUPS(columns, registers, a0, a1, a2, a3, b, ...)                            \
-  MULTIPLY_GROUP(__half, "f16", columns, registers, a0, a1, a2, a3, b, __VA_ARGS__)                    \
+#define MULTIPLY_GROUPS(columns, registers, a0, a1, a2, a3, b, ...)                 \
+  MULTIPLY_GROUP(__half, "f16", columns, registers, a0, a1, a2, a3, b, __VA_ARGS__) \
   MULTIPLY_GROUP(__nv_bfloat16, "bf16", columns, registers, a0, a1, a2, a3, b, __VA_ARGS__)
 
-MULTIPLY_GROUPS(16,
-                "%0, %1, %2, %3, %4, %5, %6, %7",
-                "%8", "%9", "%10", "%11", "%12", SUMS_2(0))
-MULTIPLY_GROUPS(32,
-                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
-                "%16", "%17", "%18", "%19", "%20", SUMS_4(0))
+MULTIPLY_GROUPS(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12", SUMS_2(0))
+MULTIPLY_GROUPS(32, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16", "%17", "%18", "%19",
+                "%20", SUMS_4(0))
 MULTIPLY_GROUPS(64,
                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [(1, 1), (1, 77), (33, 1), (49, 2051), (18, 576), (130, 1536), (200, 512), (31, 8192)]
 # Small batches; tensor cores with 16 to 256 columns; dequantization and torch's product.
 BATCHES = [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 65, 129, 256, 300]
+FUSED_BITS = (2, 3, 4)  # other widths are dequantized and left to torch
 DTYPES = ["fp16", "bf16"]
 
 
@@ -27,8 +28,8 @@ def on_gpu(weight: Weight) -> dict[str, Tensor]:
 
 def poison(elements: int, dtype: torch.dtype) -> None:
     """Leave NaN in the memory that the next output of this size will get."""
-    del_me = [torch.full((elements,), float("nan"), dtype=dtype, device="cuda") for _ in range(2)]
-    del del_me
+    blocks = [torch.full((elements,), float("nan"), dtype=dtype, device="cuda") for _ in range(2)]
+    del blocks
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +55,7 @@ def torch_slack(batch: int, weight: Weight) -> float:
     """torch's own product may add partial sums in 16 bits; where it serves, more is allowed."""
     in_features = weight.matrix.shape[1]
     aligned = in_features % 8 == 0 and weight.tensors["qweight"].shape[1] % 4 == 0
-    fused = weight.bits in (2, 3, 4) and (batch <= 8 or (aligned and batch <= 128))
+    fused = weight.bits in FUSED_BITS and (batch <= 8 or (aligned and batch <= 128))
     return 0.0 if fused else 1e-2
 
 
@@ -65,12 +66,12 @@ def test_all_shapes_and_batches(bits: int, dtype: str) -> None:
         for density in (0.0, 0.05):
             weight = make_weight(*shape, bits, density=density, table_dtype=dtype)
             x = make_x(max(BATCHES), shape[1], dtype)
-            for batch in BATCHES:
+            for batch in BATCHES if bits in FUSED_BITS else (1, 9):
                 y = linear(x[:batch], weight)
                 assert_close(y, x[:batch], weight, slack=torch_slack(batch, weight))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", FUSED_BITS)
 @pytest.mark.parametrize("batch", [1, 8, 40])
 def test_tables_are_rounded_to_the_dtype_of_x(bits: int, batch: int) -> None:
     weight = make_weight(64, 512, bits, table_dtype="fp16")
