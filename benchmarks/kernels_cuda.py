@@ -5,8 +5,8 @@
 
 A CUDA graph holds one call for each of several copies of the weight, together far beyond the L2
 cache, so that weights come from memory as they do in a model; the time of a call is the median of
-the graph's replays by the number of copies. bf16 linear layers are timed in the same run. Results
-are checked before they are timed.
+the graph's replays by the number of copies. bf16 linear layers and all kinds of weight take turns.
+Results are checked before they are timed.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from squeezellm_hf.ops import native
 SPARSE_FRACTION = 0.0045
 COPIES_BYTES = 640 << 20
 INT4_GROUP = 128
+INT4_MOST = 32  # batch beyond which torch's int4 product takes milliseconds
 SHAPES = ["8192x28672", "14336x4096", "4096x14336", "4096x4096"]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048]
 
@@ -87,8 +88,8 @@ def copies(tensors: Quantized) -> list[Quantized]:
     return [{name: t.clone() for name, t in tensors.items()} for _ in range(count)]
 
 
-def time_us(run: Callable[[Quantized], Tensor], weights: list[Quantized], repeats: int) -> float:
-    """Median microseconds of a call in the replays of a graph over all weights."""
+def capture(run: Callable[[Quantized], Tensor], weights: list[Quantized]) -> torch.cuda.CUDAGraph:
+    """A graph of one call for each weight."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -99,30 +100,26 @@ def time_us(run: Callable[[Quantized], Tensor], weights: list[Quantized], repeat
         for weight in weights:
             run(weight)
     graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(weights) * 1e3)
-    return statistics.median(times)
+    return graph
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def read_bandwidth() -> float:
     """Bytes a second that a reduction over 4 GiB reaches (best of nine)."""
     buffer = torch.ones(1 << 30, device="cuda")
     buffer.sum()
-    best = float("inf")
-    for _ in range(9):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         buffer.sum()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return size_bytes({"buffer": buffer}) / best
+    return size_bytes({"buffer": buffer}) / min(replay_seconds(graph) for _ in range(9))
 
 
 def check(y: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -136,33 +133,17 @@ def check(y: Tensor, x: Tensor, weight: Tensor) -> None:
 def bench_layer(
     out_features: int, in_features: int, args: argparse.Namespace, bandwidth: float
 ) -> list[Result]:
-    """All kinds and batches of one shape."""
+    """All batches of one shape; all kinds of weight in turns, so that drifting clocks cancel."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float16
-    xs = {
-        batch: torch.randn(batch, in_features, device="cuda", dtype=dtype) for batch in args.batches
-    }
-    results: list[Result] = []
-    linear_us: dict[int, float] = {}
-
-    def bench(kind: str, weight: Quantized, run: Callable[[Tensor, Quantized], Tensor]) -> None:
-        weights = copies(weight)
-        for batch, x in xs.items():
-            us = time_us(lambda w, x=x: run(x, w), weights, args.repeats)  # type: ignore[misc]
-            linear_us.setdefault(batch, us)
-            moved = size_bytes(weight) + x.element_size() * batch * (in_features + out_features)
-            results.append(
-                Result(
-                    out_features, in_features, batch, kind, us, linear_us[batch] / us,
-                    moved / us * 1e6 / bandwidth,
-                )
-            )  # fmt: skip
-
+    kinds: dict[str, tuple[list[Quantized], Callable[[Tensor, Quantized], Tensor]]] = {}
     dense = torch.randn(out_features, in_features, device="cuda", dtype=dtype)
-    bench("linear", {"weight": dense}, lambda x, w: torch.nn.functional.linear(x, w["weight"]))
+    kinds["linear"] = (
+        copies({"weight": dense}),
+        lambda x, w: torch.nn.functional.linear(x, w["weight"]),
+    )
     if args.int4 and dtype == torch.bfloat16 and in_features % 1024 == 0:
-        bench(
-            "int4",
-            int4_weight(out_features, in_features),
+        kinds["int4"] = (
+            copies(int4_weight(out_features, in_features)),
             lambda x, w: torch.ops.aten._weight_int4pack_mm(
                 x, w["packed"], INT4_GROUP, w["scales"]
             ),
@@ -172,14 +153,36 @@ def bench_layer(
         matrix = ops.lut_dequantize(
             **weight, bits=bits, in_features=in_features, dtype=torch.float32
         )
-        for x in xs.values():
-            check(ops.lut_linear(x[:300], **weight, bits=bits), x[:300], matrix)
+        for batch in args.batches:
+            x = torch.randn(min(batch, 300), in_features, device="cuda", dtype=dtype)
+            check(ops.lut_linear(x, **weight, bits=bits), x, matrix)
         del matrix
-        bench(
-            f"w{bits}{'+' if sparse else ''}",
-            weight,
+        kinds[f"w{bits}{'+' if sparse else ''}"] = (
+            copies(weight),
             lambda x, w, bits=bits: ops.lut_linear(x, **w, bits=bits),  # type: ignore[misc]
         )
+
+    results: list[Result] = []
+    for batch in args.batches:
+        x = torch.randn(batch, in_features, device="cuda", dtype=dtype)
+        graphs = {}
+        for kind, (weights, run) in kinds.items():
+            if kind != "int4" or batch <= INT4_MOST:
+                graphs[kind] = capture(lambda w, run=run, x=x: run(x, w), weights)  # type: ignore[misc]
+        times: dict[str, list[float]] = {kind: [] for kind in graphs}
+        for _ in range(args.repeats):
+            for kind, graph in graphs.items():
+                times[kind].append(replay_seconds(graph) / len(kinds[kind][0]))
+        medians = {kind: statistics.median(seconds) for kind, seconds in times.items()}
+        for kind, seconds in medians.items():
+            moved = size_bytes(kinds[kind][0][0])
+            moved += x.element_size() * batch * (in_features + out_features)
+            results.append(
+                Result(
+                    out_features, in_features, batch, kind, seconds * 1e6,
+                    medians["linear"] / seconds, moved / seconds / bandwidth,
+                )
+            )  # fmt: skip
     return results
 
 
@@ -197,8 +200,8 @@ def print_tables(results: list[Result], batches: list[int], dtype: str, bandwidt
         for batch in batches:
             table.add_column(str(batch), justify="right")
         for kind in dict.fromkeys(kind for kind, _ in cells):
-            row = [cells[kind, batch] for batch in batches]
-            table.add_row(kind, *(f"{r.us:.1f} ({r.over_linear:.2f})" for r in row))
+            row = [cells.get((kind, batch)) for batch in batches]
+            table.add_row(kind, *(f"{r.us:.1f} ({r.over_linear:.2f})" if r else "" for r in row))
         Console(width=200).print(table)
 
 
