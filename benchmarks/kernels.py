@@ -216,7 +216,7 @@ def print_table(results: list[Result], bandwidth: float, dtype: str) -> None:
             f"{SPARSE_FRACTION:.2%}" if r.sparse else "-",
             f"{r.us:.1f}", f"{r.gb_per_s:.1f}", f"{r.share_of_bandwidth:.0%}",
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-            end_section=r is results[-1] or r.sparse and r.bits == max(o.bits for o in results),
+            end_section=r is results[-1] or (r.sparse and r.bits == max(o.bits for o in results)),
         )  # fmt: skip
     Console(width=120).print(table)
 

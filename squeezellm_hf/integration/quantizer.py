@@ -90,6 +90,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 layer = model.get_submodule(name)
                 layer.requires_grad_(False)
                 layer.check(f"{name}.")
+                layer.align()
                 if layer.nnz != record.nnz:
                     raise ValueError(
                         f"{name}.values must be [nnz={record.nnz}] as config.json says, "

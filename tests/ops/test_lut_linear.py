@@ -1,6 +1,6 @@
 """lut_linear against fp64 numpy: every instruction set, width, dtype, odd shapes and batches."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ REGISTER_BATCH, REGISTER_BITS = 4, 4
 cached_weight = lru_cache(maxsize=None)(make_weight)
 
 
-@lru_cache(maxsize=None)
+@cache
 def cached_case(
     out_features: int, in_features: int, bits: int, density: float, dtype: str
 ) -> tuple[Weight, torch.Tensor, Product, Product]:

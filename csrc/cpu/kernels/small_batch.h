@@ -78,7 +78,7 @@ struct SmallBatch {
   }
 
   static int64_t rows_ahead(const LutWeight& weight, int64_t rows) {
-    constexpr int64_t kWords = 4096;
+    constexpr int64_t kWords = 2048;
     const int64_t group = rows * weight.words_per_row;
     return group == 0 ? 0 : (kWords + group - 1) / group * rows;
   }

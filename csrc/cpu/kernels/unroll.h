@@ -25,8 +25,8 @@ SQ_INLINE void unroll(Body body) {
 // Asks for the cache line that lies `bytes_ahead` behind an address, mapped or not. Always inlined:
 // GCC takes a function that does nothing but prefetch for one without effect and drops its calls.
 SQ_INLINE void prefetch(const void* address, int64_t bytes_ahead) {
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes_ahead)));
+  const uintptr_t target = reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes_ahead);
+  __builtin_prefetch(reinterpret_cast<const void*>(target));
 }
 
 template <class A, class B>
