@@ -1,10 +1,13 @@
 """Loads the compiled kernels, once, and says what became of it.
 
+There are two libraries, so that the CPU's kernels work beside a torch without CUDA.
+
 Environment:
-    SQUEEZELLM_HF_NATIVE: ``0`` leaves the library alone; the PyTorch reference runs.
+    SQUEEZELLM_HF_NATIVE: ``0`` leaves the libraries alone; the PyTorch reference runs.
     SQUEEZELLM_HF_ISA: ``scalar``, ``avx2``, ``avx512`` or ``avx512_bf16`` forces an instruction
         set; a ValueError if the machine lacks it.
-    SQUEEZELLM_HF_LIBRARY: path of a library to load instead of the installed one.
+    SQUEEZELLM_HF_LIBRARY, SQUEEZELLM_HF_CUDA_LIBRARY: path of a library to load instead of the
+        installed one.
 """
 
 import ctypes
@@ -16,7 +19,9 @@ from pathlib import Path
 import torch
 
 _LIBRARY = "_native.so"
+_CUDA_LIBRARY = "_native_cuda.so"
 _WHY_NOT_BUILT = "native_missing.txt"  # written by csrc/CMakeLists.txt
+_WHY_NO_CUDA = "native_cuda_missing.txt"  # likewise, by csrc/cuda/CMakeLists.txt
 _HOW = "To build it, reinstall squeezellm_hf where torch and a C++ compiler are"
 
 
@@ -30,6 +35,8 @@ class NativeStatus:
         reason: why they are not in use, or None.
         instruction_set: what the kernels run on: scalar, avx2, avx512 or avx512_bf16.
         available: the instruction sets this machine can run, slowest first.
+        cuda_loaded: whether the CUDA kernels are in use.
+        cuda_reason: why they are not, or None.
     """
 
     loaded: bool
@@ -37,10 +44,14 @@ class NativeStatus:
     reason: str | None
     instruction_set: str | None
     available: tuple[str, ...]
+    cuda_loaded: bool = False
+    cuda_reason: str | None = None
 
 
 _handle: ctypes.CDLL | None = None
 _reason: str | None = None
+_cuda_loaded = False
+_cuda_reason: str | None = None
 
 
 def _installed(name: str) -> Path | None:
@@ -81,18 +92,46 @@ def _open() -> ctypes.CDLL:
     return library
 
 
+def _load_cuda() -> None:
+    global _cuda_loaded, _cuda_reason
+    if not torch.backends.cuda.is_built():
+        _cuda_reason = "this torch has no CUDA"
+        return
+    chosen = os.environ.get("SQUEEZELLM_HF_CUDA_LIBRARY")
+    path = Path(chosen).absolute() if chosen else _installed(_CUDA_LIBRARY)
+    note = _installed(_WHY_NO_CUDA)
+    if path is not None:
+        try:
+            torch.ops.load_library(path)
+            _cuda_loaded = True
+            return
+        except OSError as error:
+            _cuda_reason = str(error)
+    elif note is not None:
+        _cuda_reason = note.read_text().strip()
+    else:
+        _cuda_reason = f"{_CUDA_LIBRARY} was not built when squeezellm_hf was installed"
+    if torch.cuda.device_count() > 0:
+        warnings.warn(
+            f"squeezellm_hf runs on its slow PyTorch reference on CUDA devices: {_cuda_reason}. "
+            "To build the kernels, reinstall squeezellm_hf where a CUDA torch and nvcc are.",
+            stacklevel=3,
+        )
+
+
 def load() -> None:
     """Register the compiled kernels with torch. Without them, warn; a second call does nothing.
 
     Raises:
         ValueError: if SQUEEZELLM_HF_ISA names an instruction set that cannot run here.
     """
-    global _handle, _reason
+    global _handle, _reason, _cuda_reason
     if _handle is not None or _reason is not None:
         return
     if os.environ.get("SQUEEZELLM_HF_NATIVE", "1") == "0":
-        _reason = "switched off by SQUEEZELLM_HF_NATIVE=0"
+        _reason = _cuda_reason = "switched off by SQUEEZELLM_HF_NATIVE=0"
         return
+    _load_cuda()
     try:
         _handle = _open()
     except OSError as error:
@@ -124,11 +163,13 @@ def set_instruction_set(name: str | None) -> None:
 def status() -> NativeStatus:
     """What became of the compiled kernels."""
     if _handle is None:
-        return NativeStatus(False, _library(), _reason, None, ())
+        return NativeStatus(False, _library(), _reason, None, (), _cuda_loaded, _cuda_reason)
     return NativeStatus(
         loaded=True,
         path=_library(),
         reason=None,
         instruction_set=_handle.squeezellm_hf_instruction_set().decode(),
         available=tuple(_handle.squeezellm_hf_available_instruction_sets().decode().split()),
+        cuda_loaded=_cuda_loaded,
+        cuda_reason=_cuda_reason,
     )

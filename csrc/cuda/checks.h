@@ -1,0 +1,32 @@
+// Checks of the ops' arguments: what they let through, the kernels can read safely.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+
+#include "weight.h"
+
+namespace squeezellm_hf::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws std::invalid_argument, which reaches Python as ValueError.
+[[noreturn]] void fail(const std::string& message);
+
+// fp32, bf16 or fp16 as the kernels name them.
+DType float_dtype(const char* name, ScalarType dtype);
+
+// A tensor of the kernels' float types on the CUDA device `device`.
+DType check_floats(const char* name, const Tensor& tensor, int32_t device);
+
+// Checks the tensors of a quantized weight against each other and collects their pointers. The
+// contents of crow_indices and col_indices are not checked: kernels do not trust them.
+LutWeight check_weight(const Tensor& qweight, const Tensor& lookup_table, const std::optional<Tensor>& crow_indices,
+                       const std::optional<Tensor>& col_indices, const std::optional<Tensor>& values, int64_t bits,
+                       int64_t in_features, int32_t device);
+
+}  // namespace squeezellm_hf::cuda

@@ -1,0 +1,147 @@
+// lut_linear and lut_dequantize for torch's CUDA dispatch key. The schemas are declared in Python
+// (squeezellm_hf/ops/schema.py); built against torch's stable ABI, so one binary serves every
+// torch from 2.11 on.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <vector>
+
+#include "checks.h"
+
+namespace squeezellm_hf::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// Of torch's C interface; torch has reported the cause on the way.
+void check_torch(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("a call into torch failed");
+}
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  check_torch(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA kernel launch failed: ") + cudaGetErrorString(error));
+}
+
+int device_attribute(cudaDeviceAttr attribute, int32_t device) {
+  int value = 0;
+  check_launch(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// y = x W^T + bias by torch's own matrix product, for a W in the dtype of x.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::optional<Tensor> bias_as_x;
+  if (bias.has_value()) {
+    bias_as_x = bias->scalar_type() == x.scalar_type() ? *bias : torch::stable::to(*bias, x.scalar_type());
+  }
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias_as_x)};
+  check_torch(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dtype, cudaStream_t stream) {
+  Tensor out = torch::stable::new_empty(like, {weight.out_features, weight.in_features}, dtype);
+  if (out.numel() == 0) return out;
+  check_launch(dequantize({weight, out.mutable_data_ptr(), float_dtype("dtype", dtype), stream}));
+  return out;
+}
+
+// Beyond, dequantizing is repaid by the library's matrix product: measured on an H200.
+constexpr int64_t kFusedBatch = 256;
+constexpr int64_t kFusedSparseBatch = 128;
+
+// Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
+bool fits(const LinearCall& call) {
+  const int bits = call.weight.bits;
+  const bool narrow_range = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
+  return call.dtype != DType::kFloat32 && !narrow_range && bits >= 2 && bits <= 4 && call.weight.in_features > 0;
+}
+
+Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_table,
+                  const std::optional<Tensor>& crow_indices, const std::optional<Tensor>& col_indices,
+                  const std::optional<Tensor>& values, const std::optional<Tensor>& bias, int64_t bits) {
+  if (x.dim() < 1) fail("x must have at least one dimension, got none");
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  LinearCall call{};
+  call.dtype = check_floats("x", x, device);
+  const int64_t in_features = x.size(x.dim() - 1);
+  call.weight = check_weight(qweight, lookup_table, crow_indices, col_indices, values, bits, in_features, device);
+  const int64_t out_features = call.weight.out_features;
+  call.stream = current_stream(device);
+
+  std::vector<int64_t> y_sizes(x.sizes().begin(), x.sizes().end());
+  y_sizes.back() = out_features;
+  int64_t batch = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) batch *= x.size(d);
+
+  std::optional<Tensor> bias_contiguous;
+  if (bias.has_value()) {
+    call.bias_dtype = check_floats("bias", *bias, device);
+    if (bias->dim() != 1 || bias->size(0) != out_features)
+      fail("bias must have the shape [" + std::to_string(out_features) + "]");
+    bias_contiguous = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+    call.bias = bias_contiguous->const_data_ptr();
+  }
+  if (batch == 0 || out_features == 0) return torch::stable::new_empty(x, y_sizes);
+
+  const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  call.x = x_contiguous.const_data_ptr();
+  const bool small = batch <= kSmallBatch;
+  const int64_t most = call.weight.crow_indices == nullptr ? kFusedBatch : kFusedSparseBatch;
+  if (!fits(call) || batch > most || (!small && !is_aligned(call))) {
+    // A 16-bit product of tables beyond fp16's range goes through fp32.
+    const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
+    const ScalarType dtype = through_fp32 ? ScalarType::Float : x.scalar_type();
+    const Tensor weight = dequantize_to(call.weight, x, dtype, call.stream);
+    if (!through_fp32) return linear(x, weight, bias_contiguous);
+    return torch::stable::to(linear(torch::stable::to(x, dtype), weight, bias_contiguous), x.scalar_type());
+  }
+  Tensor y = torch::stable::new_empty(x, y_sizes);
+  call.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  call.shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  call.batch = static_cast<int>(batch);
+  call.y = y.mutable_data_ptr();
+  if (small) {
+    check_launch(linear_small_batch(call));
+    return y;
+  }
+  const Tensor workspace = torch::stable::new_empty(x, {linear_slices(call), batch, out_features}, ScalarType::Float);
+  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  std::optional<Tensor> transposed;
+  if (call.weight.crow_indices != nullptr) {
+    transposed = torch::stable::new_empty(x, {in_features, transposed_batch(batch)});
+    call.transposed_x = transposed->mutable_data_ptr();
+  }
+  check_launch(linear_tensor_core(call));
+  check_launch(finish_linear(call));
+  return y;
+}
+
+Tensor lut_dequantize(const Tensor& qweight, const Tensor& lookup_table, const std::optional<Tensor>& crow_indices,
+                      const std::optional<Tensor>& col_indices, const std::optional<Tensor>& values, int64_t bits,
+                      int64_t in_features, ScalarType dtype) {
+  const int32_t device = qweight.get_device_index();
+  const DeviceGuard guard(device);
+  const LutWeight weight =
+      check_weight(qweight, lookup_table, crow_indices, col_indices, values, bits, in_features, device);
+  return dequantize_to(weight, lookup_table, dtype, current_stream(device));
+}
+
+}  // namespace
+}  // namespace squeezellm_hf::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(squeezellm_hf, CUDA, library) {
+  library.impl("lut_linear", TORCH_BOX(&squeezellm_hf::cuda::lut_linear));
+  library.impl("lut_dequantize", TORCH_BOX(&squeezellm_hf::cuda::lut_dequantize));
+}

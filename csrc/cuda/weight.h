@@ -1,0 +1,76 @@
+// A quantized weight as the CUDA kernels see it. Free of torch headers.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace squeezellm_hf::cuda {
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16 };
+
+// W[o, i] = lookup_table[o, index(o, i)] + sparse[o, i]; formats in squeezellm_hf/formats. Nothing
+// that crow_indices or col_indices hold is trusted.
+struct LutWeight {
+  const uint32_t* qweight;   // [out_features, words_per_row]
+  const void* lookup_table;  // [out_features, 2^bits]
+  DType table_dtype;
+  const int32_t* crow_indices;  // [out_features + 1], null without a sparse part
+  const void* col_indices;      // [nnz], uint16 or int32
+  const void* values;           // [nnz]
+  DType values_dtype;
+  bool wide_columns;  // col_indices are int32
+  int64_t nnz;
+  int64_t words_per_row;
+  int in_features;
+  int out_features;
+  int bits;
+};
+
+// y = x W^T + bias, x [batch, in_features] and y [batch, out_features] in one 16-bit dtype.
+struct LinearCall {
+  LutWeight weight;
+  const void* x;
+  void* y;
+  const void* bias;  // null without one
+  DType bias_dtype;
+  DType dtype;
+  int batch;
+  float* workspace;  // linear_tensor_core: [linear_slices(call), batch, out_features]
+  // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
+  void* transposed_x;
+  int multiprocessors;
+  int shared_memory;  // bytes that a block may have
+  cudaStream_t stream;
+};
+
+struct DequantizeCall {
+  LutWeight weight;
+  void* out;  // [out_features, in_features]
+  DType dtype;
+  cudaStream_t stream;
+};
+
+// Each launches on the stream and returns the launch's error.
+cudaError_t dequantize(const DequantizeCall& call);
+// Batches 1 to kSmallBatch.
+cudaError_t linear_small_batch(const LinearCall& call);
+// Any batch, to be followed by finish_linear; only where is_aligned(call).
+cudaError_t linear_tensor_core(const LinearCall& call);
+cudaError_t finish_linear(const LinearCall& call);
+
+constexpr int kSmallBatch = 8;
+
+// Into how many slices of the columns linear_tensor_core divides the work.
+int64_t linear_slices(const LinearCall& call);
+
+inline int64_t transposed_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
+
+// Whether rows of weights and activations can be read 16 bytes at a time.
+inline bool is_aligned(const LinearCall& call) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return aligned(call.x) && aligned(call.weight.qweight) && call.weight.in_features % 8 == 0 &&
+         call.weight.words_per_row % 4 == 0;
+}
+
+}  // namespace squeezellm_hf::cuda

@@ -1,0 +1,220 @@
+"""The CUDA kernels against fp64 numpy: every width, dtype, odd shapes, batches of every path."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from squeezellm_hf import ops
+from squeezellm_hf.ops import native
+from tests.ops.oracle import ROUNDING, TORCH_DTYPES, Weight, make_weight, make_x
+
+pytestmark = pytest.mark.skipif(
+    not (native.status().cuda_loaded and torch.cuda.is_available()),
+    reason=f"no CUDA device, or no CUDA kernels: {native.status().cuda_reason}",
+)
+
+# The last three can be read 16 bytes at a time; the others take the kernels' other ways.
+SHAPES = [(1, 1), (1, 77), (33, 1), (49, 2051), (18, 576), (130, 1536), (200, 512), (31, 8192)]
+# Small batches; tensor cores with 16 to 256 columns; dequantization and torch's product.
+BATCHES = [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 65, 129, 256, 300]
+FUSED_BITS = (2, 3, 4)  # other widths are dequantized and left to torch
+DTYPES = ["fp16", "bf16"]
+
+
+def on_gpu(weight: Weight) -> dict[str, Tensor]:
+    return {name: tensor.cuda() for name, tensor in weight.tensors.items()}
+
+
+def poison(elements: int, dtype: torch.dtype) -> None:
+    """Leave NaN in the memory that the next output of this size will get."""
+    blocks = [torch.full((elements,), float("nan"), dtype=dtype, device="cuda") for _ in range(2)]
+    del blocks
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    poison(x.shape[0] * weight.matrix.shape[0], x.dtype)
+    tensors = on_gpu(weight)
+    bias = None if bias is None else bias.cuda()
+    return ops.lut_linear(x.cuda(), **tensors, bits=weight.bits, bias=bias).cpu()
+
+
+def assert_close(y: Tensor, x: Tensor, weight: Weight, bias: float = 0.0, slack: float = 0) -> None:
+    """y is x W^T within 4e-5 (more by ``slack``) of the sum of absolute products, and rounding."""
+    x64 = x.double().numpy()
+    expected = x64 @ weight.matrix.T + bias
+    scale = np.abs(x64) @ np.abs(weight.matrix).T
+    relative, absolute = ROUNDING[x.dtype]
+    limit = (4e-5 + slack) * scale + 1e-6 + 1.01 * relative * np.abs(expected) + absolute
+    error = np.abs(y.double().numpy() - expected) / limit
+    assert y.dtype == x.dtype
+    assert (error <= 1).all(), f"worst error is {np.nanmax(error):.2f} of the limit"
+
+
+def torch_slack(batch: int, weight: Weight) -> float:
+    """torch's own product may add partial sums in 16 bits; where it serves, more is allowed."""
+    in_features = weight.matrix.shape[1]
+    aligned = in_features % 8 == 0 and weight.tensors["qweight"].shape[1] % 4 == 0
+    fused = weight.bits in FUSED_BITS and (batch <= 8 or (aligned and batch <= 128))
+    return 0.0 if fused else 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_all_shapes_and_batches(bits: int, dtype: str) -> None:
+    for shape in SHAPES:
+        for density in (0.0, 0.05):
+            weight = make_weight(*shape, bits, density=density, table_dtype=dtype)
+            x = make_x(max(BATCHES), shape[1], dtype)
+            for batch in BATCHES if bits in FUSED_BITS else (1, 9):
+                y = linear(x[:batch], weight)
+                assert_close(y, x[:batch], weight, slack=torch_slack(batch, weight))
+
+
+@pytest.mark.parametrize("bits", FUSED_BITS)
+@pytest.mark.parametrize("batch", [1, 8, 40])
+def test_tables_are_rounded_to_the_dtype_of_x(bits: int, batch: int) -> None:
+    weight = make_weight(64, 512, bits, table_dtype="fp16")
+    rounded = Weight(bits, weight.tensors, weight.rounded("bf16"))
+    x = make_x(batch, 512, "bf16")
+    assert_close(linear(x, weight), x, rounded)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 20])
+def test_bf16_tables_may_leave_the_range_of_an_fp16_x(batch: int) -> None:
+    weight = make_weight(16, 128, 4, table_dtype="bf16")
+    weight.tensors["lookup_table"].mul_(2.0**20)
+    large = Weight(4, weight.tensors, weight.matrix * 2.0**20)
+    x = (make_x(batch, 128, "fp16") * 2.0**-10).to(torch.float16)
+    y = linear(x, large)
+    assert torch.isfinite(y).all()
+    assert_close(y, x, large, slack=1e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 16, 50])
+@pytest.mark.parametrize("table_dtype", ["fp16", "fp32"])
+def test_sparse_rows_of_every_kind(batch: int, table_dtype: str) -> None:
+    """Full rows, empty rows, both widths of column; more values than a warp takes alone."""
+    for density, empty, wide in [(1.0, False, False), (0.9, True, True), (0.01, True, False)]:
+        weight = make_weight(
+            26, 1024, 3, density=density, empty_rows=empty, table_dtype=table_dtype,
+            wide_columns=wide,
+        )  # fmt: skip
+        x = make_x(batch, 1024, "fp16")
+        # The dense part alone is rounded to the dtype of x.
+        assert_close(linear(x, weight), x, weight, slack=0 if table_dtype == "fp16" else 5e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 300])
+@pytest.mark.parametrize("bias_dtype", ["fp32", "bf16", "fp16"])
+def test_bias(batch: int, bias_dtype: str) -> None:
+    weight = make_weight(40, 256, 4)
+    bias = torch.linspace(-3, 3, 40).to(TORCH_DTYPES[bias_dtype])
+    x = make_x(batch, 256, "fp16")
+    slack = 1e-2 if batch == 300 else 0
+    assert_close(linear(x, weight, bias), x, weight, bias.double().numpy(), slack)
+
+
+def test_fp32_activations() -> None:
+    weight = make_weight(40, 256, 4, density=0.05)
+    for batch in (1, 30):
+        x = make_x(batch, 256, "fp32")
+        assert_close(linear(x, weight), x, weight, slack=2e-3)  # torch may be allowed TF32
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_dequantize(bits: int, dtype: str) -> None:
+    for shape in [*SHAPES, (3, 20000)]:
+        weight = make_weight(*shape, bits, density=0.05, table_dtype="fp16")
+        poison(shape[0] * shape[1], TORCH_DTYPES[dtype])
+        matrix = ops.lut_dequantize(
+            **on_gpu(weight), bits=bits, in_features=shape[1], dtype=TORCH_DTYPES[dtype]
+        )
+        expected = torch.from_numpy(weight.matrix.astype(np.float32)).to(TORCH_DTYPES[dtype])
+        assert torch.equal(matrix.cpu(), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16, 64, 256])
+def test_results_are_bit_identical(batch: int) -> None:
+    weight = on_gpu(make_weight(300, 2048, 4, density=0.01))
+    x = make_x(batch, 2048, "fp16").cuda()
+    first = ops.lut_linear(x, **weight, bits=4)
+    for _ in range(100):
+        assert torch.equal(ops.lut_linear(x, **weight, bits=4), first)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 40, 300])
+def test_graphs_and_streams(batch: int) -> None:
+    weight = on_gpu(make_weight(130, 512, 4, density=0.01))
+    x = make_x(batch, 512, "fp16").cuda()
+    expected = ops.lut_linear(x, **weight, bits=4)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        beside = ops.lut_linear(x, **weight, bits=4)
+    stream.synchronize()
+    assert torch.equal(beside, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = ops.lut_linear(x, **weight, bits=4)
+    for _ in range(3):
+        replayed.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(replayed, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 20, 300])
+def test_no_row_pointer_or_column_leads_out_of_bounds(batch: int) -> None:
+    """Not more than that it runs: compute-sanitizer sees the accesses."""
+    weight = on_gpu(make_weight(64, 512, 4, density=0.05))
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    for name in ("crow_indices", "col_indices"):
+        limits = torch.iinfo(weight[name].dtype)
+        weight[name].random_(limits.min, limits.max, generator=generator)
+    x = make_x(batch, 512, "fp16").cuda()
+    assert ops.lut_linear(x, **weight, bits=4).shape == (batch, 64)
+    matrix = ops.lut_dequantize(**weight, bits=4, in_features=512)
+    torch.cuda.synchronize()
+    assert matrix.shape == (64, 512)
+
+
+def test_views_and_empty_batches() -> None:
+    weight = make_weight(33, 128, 4)
+    wide = make_x(5, 256, "fp16")
+    x = wide[:, 3:131]
+    assert_close(ops.lut_linear(x.cuda(), **on_gpu(weight), bits=4).cpu(), x, weight)
+    assert ops.lut_linear(x[:0].cuda(), **on_gpu(weight), bits=4).shape == (0, 33)
+    assert ops.lut_linear(x[None].cuda(), **on_gpu(weight), bits=4).shape == (1, 5, 33)
+
+
+def test_opcheck() -> None:
+    weight = on_gpu(make_weight(20, 128, 3, density=0.05))
+    sparse = (weight["crow_indices"], weight["col_indices"], weight["values"])
+    x = make_x(3, 128, "fp16").cuda()
+    torch.library.opcheck(
+        torch.ops.squeezellm_hf.lut_linear,
+        (x, weight["qweight"], weight["lookup_table"], *sparse, None, 3),
+    )
+    torch.library.opcheck(
+        torch.ops.squeezellm_hf.lut_dequantize,
+        (weight["qweight"], weight["lookup_table"], *sparse, 3, 128, torch.float16),
+    )
+
+
+def test_tensors_on_several_devices_are_refused() -> None:
+    weight = on_gpu(make_weight(20, 128, 3))
+    weight["lookup_table"] = weight["lookup_table"].cpu()
+    with pytest.raises((ValueError, RuntimeError), match="lookup_table must be on the CUDA device"):
+        ops.lut_linear(make_x(3, 128, "fp16").cuda(), **weight, bits=3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_second_device() -> None:
+    weight = make_weight(70, 256, 4, density=0.01)
+    x = make_x(20, 256, "fp16")
+    tensors = {name: tensor.to("cuda:1") for name, tensor in weight.tensors.items()}
+    for batch in (1, 20):
+        y = ops.lut_linear(x[:batch].to("cuda:1"), **tensors, bits=4)
+        assert y.device == torch.device("cuda:1")
+        assert_close(y.cpu(), x[:batch], weight)
