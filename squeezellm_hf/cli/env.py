@@ -43,7 +43,8 @@ class Command:
         table.add_row("GPUs", ", ".join(found["gpus"]) or "none")
         table.add_section()
         table.add_row("CPU kernels", _kernels(found))
-        table.add_row("GPU kernels", "PyTorch reference")
+        reason = found["native_cuda_reason"]
+        table.add_row("CUDA kernels", f"PyTorch reference ({reason})" if reason else "native")
         console().print(table)
 
 

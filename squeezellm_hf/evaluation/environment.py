@@ -51,6 +51,8 @@ def environment() -> dict[str, Any]:
         "instruction_set": status.instruction_set,
         "native_library": None if status.path is None else str(status.path),
         "native_reason": status.reason,
+        "native_cuda_kernels": status.cuda_loaded,
+        "native_cuda_reason": status.cuda_reason,
     }
 
 

@@ -246,6 +246,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert found["native_kernels"] or found["native_reason"]
+    assert found["native_cuda_kernels"] or found["native_cuda_reason"]
     assert main(["env"]) == 0
     assert torch.__version__ in capsys.readouterr().out
 
