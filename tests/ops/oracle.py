@@ -26,16 +26,26 @@ def pack_row(indices: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class Weight:
-    """Checkpoint tensors and the fp64 matrix that they stand for."""
+    """Checkpoint tensors, the fp64 matrix that they stand for, and its dense part alone."""
 
     bits: int
     tensors: dict[str, Tensor]
     matrix: NDArray[np.float64]
+    dense: NDArray[np.float64] | None = None
 
     def rounded(self, dtype: str) -> NDArray[np.float64]:
         """The matrix rounded to ``dtype`` once, from fp32."""
-        fp32 = torch.from_numpy(self.matrix.astype(np.float32))
-        return fp32.to(TORCH_DTYPES[dtype]).double().numpy()
+        return _rounded(self.matrix, dtype)
+
+    def dense_rounded(self, dtype: str) -> NDArray[np.float64]:
+        """The dense part rounded to ``dtype``, the sparse part exact."""
+        assert self.dense is not None
+        return _rounded(self.dense, dtype) + (self.matrix - self.dense)
+
+
+def _rounded(matrix: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+    fp32 = torch.from_numpy(matrix.astype(np.float32))
+    return fp32.to(TORCH_DTYPES[dtype]).double().numpy()
 
 
 def make_weight(
@@ -58,6 +68,7 @@ def make_weight(
     table = torch.from_numpy(np.sort(rng.standard_normal((out_features, 2**bits)), axis=1))
     table = table.to(TORCH_DTYPES[table_dtype])
     matrix = np.take_along_axis(table.double().numpy(), indices.astype(np.int64), axis=1)
+    dense = matrix.copy()
     tensors = {"qweight": torch.from_numpy(qweight), "lookup_table": table}
     if density > 0:
         mask = rng.random((out_features, in_features)) < density
@@ -75,7 +86,7 @@ def make_weight(
             "col_indices": torch.from_numpy(stored),
             "values": values,
         }
-    return Weight(bits, tensors, matrix)
+    return Weight(bits, tensors, matrix, dense)
 
 
 def make_x(batch: int, in_features: int, dtype: str, seed: int = 1) -> Tensor:

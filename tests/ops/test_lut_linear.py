@@ -17,34 +17,45 @@ DTYPES = ["fp32", "bf16", "fp16"]
 # Where AVX-512's bf16 instructions serve: above the batches, and beyond the widths, of the
 # kernels that keep decoded weights in fp32 registers.
 REGISTER_BATCH, REGISTER_BITS = 4, 4
+# Up to this batch they multiply the sparse part on its own, unrounded.
+SPARSE_BATCH = 16
 
 cached_weight = lru_cache(maxsize=None)(make_weight)
+
+
+MATRICES = {
+    "exact": lambda weight: weight.matrix,
+    "dense rounded": lambda weight: weight.dense_rounded("bf16"),
+    "rounded": lambda weight: weight.rounded("bf16"),
+}
 
 
 @cache
 def cached_case(
     out_features: int, in_features: int, bits: int, density: float, dtype: str
-) -> tuple[Weight, torch.Tensor, Product, Product]:
-    """A weight, x, and their product with the exact weight and with its rounding to bf16."""
+) -> tuple[Weight, torch.Tensor, dict[str, Product]]:
+    """A weight, x, and their product with the exact weight and with its roundings to bf16."""
     weight = make_weight(out_features, in_features, bits, density=density)
     x = make_x(max(BATCHES), in_features, dtype)
-    return weight, x, Product(x, weight.matrix), Product(x, weight.rounded("bf16"))
+    return weight, x, {name: Product(x, matrix(weight)) for name, matrix in MATRICES.items()}
 
 
-def rounds_weights(weight: Weight, isa: str | None, dtype: str, batch: int) -> bool:
-    """Whether the kernel multiplies with weights rounded to bf16."""
+def multiplied(weight: Weight, isa: str | None, dtype: str, batch: int) -> str:
+    """Which of MATRICES the kernel multiplies with."""
     in_registers = batch <= REGISTER_BATCH and weight.bits <= REGISTER_BITS
-    return isa == "avx512_bf16" and dtype == "bf16" and not in_registers
+    if isa != "avx512_bf16" or dtype != "bf16" or in_registers:
+        return "exact"
+    return "dense rounded" if batch <= SPARSE_BATCH else "rounded"
 
 
 def check_batches(
     isa: str, shape: tuple[int, int], bits: int, density: float, dtype: str, batches: list[int]
 ) -> None:
-    weight, x, exact, rounded = cached_case(*shape, bits, density, dtype)
+    weight, x, products = cached_case(*shape, bits, density, dtype)
     for batch in batches:
         y = ops.lut_linear(x[:batch], **weight.tensors, bits=bits)
         assert y.shape[0] == batch
-        (rounded if rounds_weights(weight, isa, dtype, batch) else exact).check(y)
+        products[multiplied(weight, isa, dtype, batch)].check(y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,8 +195,8 @@ def test_any_weight(
         for name in native.status().available:
             native.set_instruction_set(name)
             y = ops.lut_linear(x, **weight.tensors, bits=bits)
-            rounds = rounds_weights(weight, name, dtype, batch)
-            assert_linear(y, x, weight.rounded("bf16") if rounds else weight.matrix)
+            matrix = MATRICES[multiplied(weight, name, dtype, batch)]
+            assert_linear(y, x, matrix(weight))
     finally:
         if native.status().loaded:
             native.set_instruction_set(None)

@@ -31,14 +31,32 @@ struct LargeBatch {
     return fit < 16 ? 16 : fit > kMaxBatchBlock ? kMaxBatchBlock : fit;
   }
 
+  // Up to this batch the sparse part meets x itself, a vector of the batch an entry: cheaper than a
+  // store into a tile that little else is done with.
+  static constexpr int64_t kSparseBatch = 16;
+
+  static bool separate_sparse(const LinearCall& call) {
+    return call.weight.crow_indices != nullptr && call.batch <= kSparseBatch;
+  }
+
   // x is read in place where it has the right type and rows end on a vector.
   static bool in_place(const LinearCall& call) {
     return call.dtype == Dot::kDType && call.weight.in_features == padded(call.weight.in_features);
   }
 
-  static int64_t workspace_bytes(const LinearCall& call) {
+  static int64_t packed_bytes(const LinearCall& call) {
     if (in_place(call)) return 0;
     return call.batch * padded(call.weight.in_features) * static_cast<int64_t>(sizeof(Element));
+  }
+
+  // Packed x, then (where the sparse part is separate) x transposed: [in_features, kSparseBatch].
+  static int64_t workspace_bytes(const LinearCall& call) {
+    if (!separate_sparse(call)) return packed_bytes(call);
+    return packed_bytes(call) + call.weight.in_features * kSparseBatch * static_cast<int64_t>(sizeof(float));
+  }
+
+  static float* transposed(const LinearCall& call) {
+    return reinterpret_cast<float*>(static_cast<char*>(call.workspace) + packed_bytes(call));
   }
 
   static int64_t scratch_bytes(const LinearCall& call) {
@@ -46,7 +64,26 @@ struct LargeBatch {
            kMaxBatchBlock * kRowBlock * static_cast<int64_t>(sizeof(float));
   }
 
+  static void transpose(const LinearCall& call, int64_t begin, int64_t end) {
+    constexpr int64_t kPiece = 256;
+    const int64_t n = call.weight.in_features;
+    const int64_t filled = end == call.batch ? kSparseBatch : end;
+    float* out = transposed(call);
+    float x[kPiece] = {};
+    for (int64_t first = 0; first < n; first += kPiece) {
+      const int64_t count = n - first < kPiece ? n - first : kPiece;
+      for (int64_t b = begin; b < filled; ++b) {
+        if (b < call.batch)
+          load_floats(call.x, call.dtype, b * n + first, count, x);
+        else
+          for (int64_t i = 0; i < count; ++i) x[i] = 0;
+        for (int64_t i = 0; i < count; ++i) out[(first + i) * kSparseBatch + b] = x[i];
+      }
+    }
+  }
+
   static void pack_activations(const LinearCall& call, int64_t begin, int64_t end) {
+    if (separate_sparse(call)) transpose(call, begin, end);
     if (in_place(call)) return;
     const int64_t n = call.weight.in_features;
     for (int64_t b = begin; b < end; ++b) {
@@ -78,7 +115,8 @@ struct LargeBatch {
   }
 
   static void linear_rows(const LinearCall& call, int64_t begin, int64_t end, void* scratch) {
-    const LutWeight& weight = call.weight;
+    LutWeight weight = call.weight;
+    if (separate_sparse(call)) weight.crow_indices = nullptr;  // the tile is of the dense part
     const int64_t n = weight.in_features;
     const int64_t stride = padded(n);
     const Element* packed = static_cast<const Element*>(in_place(call) ? call.x : call.workspace);
@@ -124,8 +162,20 @@ struct LargeBatch {
             }
           }
         }
+        if (separate_sparse(call)) add_sparse_products(call, first_row, n_rows, sums);
         store(call, first_batch, batch, first_row, n_rows, sums);
       }
+    }
+  }
+
+  static void add_sparse_products(const LinearCall& call, int64_t first_row, int64_t n_rows, float* sums) {
+    const float* x = transposed(call);
+    for (int64_t r = 0; r < n_rows; ++r) {
+      float y[kSparseBatch] = {};
+      for_each_entry(call.weight, first_row + r, [&](int64_t column, float value) {
+        for (int64_t b = 0; b < kSparseBatch; ++b) y[b] += value * x[column * kSparseBatch + b];
+      });
+      for (int64_t b = 0; b < call.batch; ++b) sums[b * kRowBlock + r] += y[b];
     }
   }
 
