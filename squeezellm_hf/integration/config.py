@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,6 +143,14 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         for name in ("n_samples", "sequence_length"):
             _check_integer(name, getattr(self, name), low=1)
         _check_integer("seed", self.seed, low=0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
+        data = (str, os.PathLike, list, tuple, torch.Tensor)
+        if self.dataset is not None and not isinstance(self.dataset, data):
+            raise ValueError(
+                "dataset must be a name, a path, a list of strings, token ids or None, "
+                f"got {self.dataset!r}"
+            )
         if not isinstance(self.dequantize, bool):
             raise ValueError(f"dequantize must be true or false, got {self.dequantize!r}")
         for name, optional in (("dataset_split", False), ("text_column", True)):
@@ -160,6 +169,11 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         if self.modules is not None and not isinstance(self.modules, Mapping):
             raise ValueError(f"modules must be an object, got {self.modules!r}")
         _ = self.records
+        versions = self.versions
+        if versions is not None and not (
+            isinstance(versions, Mapping) and all(isinstance(v, str) for v in versions.values())
+        ):
+            raise ValueError(f"versions must be an object of strings, got {versions!r}")
 
     @classmethod
     def from_dict(
