@@ -7,7 +7,7 @@
 // low bytes in others, where byte permutes look up four at once.
 //
 // The slices' sums go to a workspace; finish_linear adds them in a fixed order, with the sparse part.
-#include "common.cuh"
+#include "bulk_copy.cuh"
 #include "wgmma.cuh"
 
 namespace squeezellm_hf::cuda {
@@ -43,9 +43,6 @@ struct alignas(1024) Stage {
   unsigned char weights[kRows][Packed<kBits>::kRowStride];
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // Copies 16 bytes to shared memory in the background; zeros if not `valid`.
 __device__ __forceinline__ void copy_chunk(uint32_t target, const void* source, bool valid) {

@@ -1,0 +1,61 @@
+// Copies to shared memory by the bulk-copy engine of compute capability 9.0, and the barriers in shared
+// memory (mbarrier) on which they and warps of different duties wait for each other.
+//
+// A barrier's phase ends when all arrivals and all announced bytes are there; phases alternate between
+// parity 0 and 1, and a wait returns once the phase of that parity has ended. A barrier before its first
+// phase counts as one whose phase of parity 1 has ended.
+#pragma once
+
+#include "common.cuh"
+
+namespace squeezellm_hf::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// By one thread, before fence_barriers() and a barrier of the block.
+__device__ __forceinline__ void initialize_barrier(uint64_t& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialized barriers visible to the copy engine and to other blocks of the cluster.
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive(uint64_t& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// Arrives and announces bytes that copies will bring in this phase.
+__device__ __forceinline__ void arrive_expecting(uint64_t& barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"(shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Copies `bytes` (a multiple of 16; both addresses too) and counts them off `barrier`.
+__device__ __forceinline__ void copy_bulk(void* target, const void* source, uint32_t bytes, uint64_t& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(target)),
+               "l"(source), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
+}
+
+#endif
+
+// A barrier of `threads` threads of the block (whole warps); id 0 is that of __syncthreads.
+__device__ __forceinline__ void synchronize(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace squeezellm_hf::cuda
