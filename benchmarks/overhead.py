@@ -90,7 +90,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES),
-                        help="of activations (default: fp32 on the CPU, bf16 on CUDA devices)")  # fmt: skip
+                        help="of activations (default: fp32 on the CPU, else bf16)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--turns", type=int, default=50)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))

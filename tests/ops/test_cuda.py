@@ -192,10 +192,10 @@ def test_opcheck() -> None:
     weight = on_gpu(make_weight(20, 128, 3, density=0.05))
     sparse = (weight["crow_indices"], weight["col_indices"], weight["values"])
     x = make_x(3, 128, "fp16").cuda()
-    torch.library.opcheck(
-        torch.ops.squeezellm_hf.lut_linear,
-        (x, weight["qweight"], weight["lookup_table"], *sparse, None, 3),
-    )
+    for op in (torch.ops.squeezellm_hf.lut_linear, torch.ops.squeezellm_hf.lut_linear_no_grad):
+        torch.library.opcheck(
+            op.default, (x, weight["qweight"], weight["lookup_table"], *sparse, None, 3)
+        )
     torch.library.opcheck(
         torch.ops.squeezellm_hf.lut_dequantize,
         (weight["qweight"], weight["lookup_table"], *sparse, 3, 128, torch.float16),
