@@ -84,7 +84,7 @@ def print_table(results: dict[str, dict[str, float]], device: str) -> None:
     Console(width=100).print(table)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=50)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     torch.set_num_threads(1)  # no thread is woken for so little
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
@@ -107,7 +107,7 @@ def main() -> None:
     print_table(results, args.device)
     if args.json is not None:
         document = {
-            "hardware": hardware.stamp(),
+            "hardware": hardware.stamp(args.device),
             "device": args.device,
             "dtype": dtype,
             "batch": args.batch,
