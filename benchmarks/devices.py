@@ -36,7 +36,7 @@ NEW_TOKENS = 64
 WINDOW = 512
 LIMIT = 0.003  # of the perplexity
 # Tokens at a time, and how many windows of text: the fewer tokens, the longer it takes.
-CHUNKS = {512: 8, 128: 8, 32: 8, 8: 8, 1: 1}
+CHUNKS = {512: 8, 128: 8, 32: 8, 8: 8, 1: 2}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
