@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from squeezellm_hf import SqueezeLLMLinear
+from squeezellm_hf import SqueezeLLMConfig, SqueezeLLMLinear
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -80,3 +81,44 @@ def test_overhead(script: ModuleType, tmp_path: Path) -> None:
     us = json.loads(file.read_text())["us"]["no_grad"]
     assert set(us) > {"F.linear", "SqueezeLLMLinear"}
     assert all(value > 0 for value in us.values())
+
+
+@pytest.mark.parametrize("script", ["devices"], indirect=True)
+def test_devices(
+    script: ModuleType, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against itself everything agrees; against another text and another perplexity it does not."""
+
+    class Tokenizer:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) % 128 for letter in text]}
+
+        def decode(self, ids: list[int]) -> str:
+            return str(ids)
+
+    monkeypatch.setattr(script.AutoTokenizer, "from_pretrained", lambda _: Tokenizer())
+    monkeypatch.setattr(script, "WINDOW", 32)
+    monkeypatch.setattr(script, "NEW_TOKENS", 4)
+    monkeypatch.setattr(script, "CHUNKS", {32: 2, 8: 2, 1: 1})
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=SqueezeLLMConfig(bits=3, dataset=None)
+    )
+    model.save_pretrained(tmp_path / "quantized")
+    expected, results = tmp_path / "expected.json", tmp_path / "results.json"
+    script.main(["record", str(tmp_path / "quantized"), str(expected)])
+
+    compare = ["compare", str(tmp_path / "quantized"), str(expected), "--dtypes", "fp32"]
+    script.main([*compare, "--json", str(results)])
+    document = json.loads(results.read_text())
+    assert document["same_text"] == [True] * len(script.PROMPTS)
+    assert [row["tokens"] for row in document["perplexities"]] == [32, 8, 1]
+    assert all(abs(row["difference"]) < 1e-4 for row in document["perplexities"])
+
+    recorded = json.loads(expected.read_text())
+    for changed in (
+        {"nlls": [nll + 0.01 for nll in recorded["nlls"]]},
+        {"continuations": [[*ids[:-1], ids[-1] ^ 1] for ids in recorded["continuations"]]},
+    ):
+        expected.write_text(json.dumps({**recorded, **changed}))
+        with pytest.raises(SystemExit):
+            script.main(compare)
