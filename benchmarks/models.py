@@ -1,7 +1,7 @@
 """Time whole models with random weights through Transformers' own ``generate``.
 
     python benchmarks/models.py --models 8b 32b --json models.json
-    python benchmarks/models.py --models 70b --weights w4+ w3
+    python benchmarks/models.py --models 8b 70b --together 6    # compile all of them side by side
     python benchmarks/models.py --models 8b --layers 4 --weights bf16 w4    # a quick look
 
 Batch 1, bf16 activations. Weights are ``bf16``, or ``w`` and the bits, with ``+`` for 0.45 % of
@@ -11,15 +11,20 @@ eager, as it does by default. Prefill is never compiled by ``generate``.
 
 Decoding is timed between two lengths of text, so that prefill, the capture of the CUDA graph and
 whatever else happens once per call cancel. Figures are medians. Peak memory is what torch's
-allocator held at most while the compiled model generated, the weights included.
+allocator held at most while the compiled model generated, the weights included. Each model is a
+process of its own; of those that are built and compiled side by side, one at a time is timed.
 """
 
 import argparse
-import gc
+import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Barrier, Lock
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,8 @@ from transformers import CompileConfig
 from squeezellm_hf.nn import SqueezeLLMLinear
 
 START = 32  # tokens of the shorter text: compilation and capture are over by then
-EAGER_START = 8
+EAGER_START = 4
+COMPILED, EAGER = "compiled", "eager"
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,6 @@ class Generation:
 
     def speed(self, start: int, tokens: int, repeats: int) -> Speed:
         """Of prefill, and of decoding ``tokens`` tokens behind the first ``start``."""
-        self.run(start + tokens)  # compiles; the longest first, for it decides on the cache's size
-        self.run(1)
         prefill, decode = [], []
         for _ in range(repeats):
             prefill.append(self.seconds(1))
@@ -121,14 +125,6 @@ class Generation:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def release() -> None:
-    """Return to the driver what a model that is gone has held."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def bytes_of(model: nn.Module) -> tuple[int, int]:
@@ -155,33 +151,81 @@ def fits(name: str, weights: str, layers: int | None, device: str) -> bool:
     if weights != "bf16" or device != "cuda":
         return True
     needed = sum(bytes_of(skeleton(config(name, layers))))
-    return needed < 0.95 * torch.cuda.mem_get_info()[0]
+    return needed < 0.95 * torch.cuda.get_device_properties(0).total_memory
+
+
+class Bench:
+    """One model, built and compiled when the object is made."""
+
+    def __init__(self, name: str, weights: str, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self._name, self._weights, self._args = name, weights, args
+        self._model = build(name, weights, args.layers, args.device)
+        self._generations = {
+            way: Generation(self._model, args.prompt, compiled=way == COMPILED) for way in args.ways
+        }
+        for way, generation in self._generations.items():
+            # The longest first, for it decides on the size of the cache.
+            generation.run(START + args.tokens if way == COMPILED else 2)
+            generation.run(1)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def measure(self) -> Result:
+        """Time all ways of generating."""
+        args, on_gpu = self._args, self._args.device == "cuda"
+        compiled = eager = peak = None
+        if COMPILED in self._generations:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            compiled = self._generations[COMPILED].speed(START, args.tokens, args.repeats)
+            peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        if EAGER in self._generations:
+            repeats = (args.repeats + 1) // 2
+            eager = self._generations[EAGER].speed(EAGER_START, args.eager_tokens, repeats)
+        linear_bytes, other_bytes = bytes_of(self._model)
+        return Result(
+            self._name, self._weights, self._model.config.num_hidden_layers, linear_bytes,
+            other_bytes, peak, compiled, eager, counters["inductor"]["cudagraph_skips"],
+        )  # fmt: skip
+
+
+_shared: dict[str, Any] = {}
+
+
+def share(ready: Barrier, timing: Lock) -> None:
+    """Give a new process what it shares with those beside it."""
+    _shared.update(ready=ready, timing=timing)
 
 
 def bench_model(name: str, weights: str, args: argparse.Namespace) -> Result:
-    on_gpu = args.device == "cuda"
-    release()
-    held = torch.cuda.memory_allocated() if on_gpu else 0
-    counters.clear()
-    model = build(name, weights, args.layers, args.device)
-    linear_bytes, other_bytes = bytes_of(model)
-    compiled = eager = peak = None
+    """In a process of its own: build and compile, wait for the others, and time alone."""
     with torch.no_grad():
-        if "compiled" in args.ways:
-            generation = Generation(model, args.prompt, compiled=True)
-            generation.run(START)
-            if on_gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            compiled = generation.speed(START, args.tokens, args.repeats)
-            peak = torch.cuda.max_memory_allocated() - held if on_gpu else None
-        if "eager" in args.ways:
-            generation = Generation(model, args.prompt, compiled=False)
-            eager = generation.speed(EAGER_START, args.eager_tokens, args.repeats)
-    return Result(
-        name, weights, model.config.num_hidden_layers, linear_bytes, other_bytes, peak, compiled,
-        eager, counters["inductor"]["cudagraph_skips"],
-    )  # fmt: skip
+        try:
+            bench = Bench(name, weights, args)
+        finally:
+            _shared["ready"].wait()
+        with _shared["timing"]:
+            return bench.measure()
+
+
+def bench_together(jobs: list[tuple[str, str]], args: argparse.Namespace) -> list[Result]:
+    """Results of the jobs that did not fail."""
+    context = multiprocessing.get_context("spawn")
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // len(jobs))))
+    results = []
+    with ProcessPoolExecutor(
+        len(jobs), context, initializer=share, initargs=(context.Barrier(len(jobs)), context.Lock())
+    ) as pool:
+        futures = [pool.submit(bench_model, name, weights, args) for name, weights in jobs]
+        for (name, weights), future in zip(jobs, futures, strict=True):
+            try:
+                results.append(future.result())
+            except Exception as error:
+                print(f"{name} {weights}: {type(error).__name__}: {error}", flush=True)
+    return results
 
 
 def with_ratios(result: Result, bf16: Result | None) -> Result:
@@ -237,30 +281,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=["8b"], choices=["tiny", "8b", "32b", "70b"])
     parser.add_argument("--weights", nargs="+", default=["bf16", "w4+", "w3"],
                         help="bf16, or w and the bits, with + for a sparse part")  # fmt: skip
-    parser.add_argument("--ways", nargs="+", default=["compiled", "eager"],
-                        choices=["compiled", "eager"])  # fmt: skip
+    parser.add_argument("--ways", nargs="+", default=[COMPILED, EAGER],
+                        choices=[COMPILED, EAGER])  # fmt: skip
     parser.add_argument("--layers", type=int, help="blocks, for a quick look")
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--tokens", type=int, default=128, help="timed, compiled")
-    parser.add_argument("--eager-tokens", type=int, default=32, help="timed, eager")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--eager-tokens", type=int, default=16, help="timed, eager")
+    parser.add_argument("--repeats", type=int, default=5, help="half as many, eager")
+    parser.add_argument("--together", type=int, default=1,
+                        help="models compiled side by side; they must fit at once")  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
 
-    torch.manual_seed(0)
-    results: list[Result] = []
-    for name in args.models:
-        bf16 = None
-        for weights in args.weights:
-            if not fits(name, weights, args.layers, args.device):
-                print(f"{name} in bf16 does not fit into the device's memory", flush=True)
-                continue
-            start = time.perf_counter()
-            result = with_ratios(bench_model(name, weights, args), bf16)
-            bf16 = result if weights == "bf16" else bf16
-            results.append(result)
-            print(f"{name} {weights}: {time.perf_counter() - start:.0f} s", flush=True)
+    jobs = []
+    for name, weights in itertools.product(args.models, args.weights):
+        if fits(name, weights, args.layers, args.device):
+            jobs.append((name, weights))
+        else:
+            print(f"{name} in {weights} does not fit into the device's memory", flush=True)
+    measured: list[Result] = []
+    for first in range(0, len(jobs), args.together):
+        start = time.perf_counter()
+        measured += bench_together(jobs[first : first + args.together], args)
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    bf16 = {result.model: result for result in measured if result.weights == "bf16"}
+    results = [with_ratios(result, bf16.get(result.model)) for result in measured]
     print_table(results, args)
     if args.json is not None:
         document = {

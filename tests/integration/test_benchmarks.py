@@ -57,7 +57,7 @@ def test_models(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "models.json"
     script.main(
         f"--models tiny --layers 1 --weights bf16 w4+ --ways eager --device cpu --prompt 4 "
-        f"--eager-tokens 2 --repeats 1 --json {file}".split()
+        f"--eager-tokens 2 --repeats 1 --together 2 --json {file}".split()
     )
     document = json.loads(file.read_text())
     plain, quantized = document["results"]
