@@ -22,7 +22,7 @@ constexpr int kSumWarps = kWarps + kSparseWarps;  // that add to a tile's sums
 // Whole warpgroups, to which registers are given by duty; the last holds the thread that orders copies.
 constexpr int kThreads = (kWarps + kServiceWarps + kSparseWarps + 1) * kWarpLanes;
 constexpr int kSparseRegisters = 112;
-constexpr int kStageWarps = 4;  // that share a stage: few, since the slowest one holds it
+constexpr int kStageWarps = 4;                      // that share a stage: few, since the slowest one holds it
 constexpr int kStageStride = kWarps / kStageWarps;  // from one stage of a warp to its next
 constexpr int kMaxStages = 32;
 constexpr int kSumBuffers = 2;    // tiles whose sums are in work at the same time
@@ -107,8 +107,8 @@ struct Slot {
 // Byte offset in a table of the entry for pair j of a lane's words. `base` is the lane's own offset and
 // the table's, which do not meet the pair's bits; for 2 bits the table's is apart, in `nibbles_base`.
 template <int kBits>
-__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords], int j,
-                                                uint32_t base, uint32_t nibbles_base) {
+__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords], int j, uint32_t base,
+                                                uint32_t nibbles_base) {
   const int word = j * 2 * kBits / 32;
   const int shift = j * 2 * kBits % 32;
   const uint32_t bits = words[word];
@@ -200,10 +200,11 @@ __device__ void load_tables(TablePart<kBits>& part, const LutWeight& weight, int
     if (job >= Part::kAllJobs) break;
     const int row = min(tile * kRows + Part::half(job) * 8 + tile_row<kBits>(lane % 8), weight.out_features - 1);
     const int64_t first = int64_t{row} * kEntries;
-    uint32_t(&low)[kEntries / 2] = part.low[j];
+    uint32_t (&low)[kEntries / 2] = part.low[j];
     if (!vector) {
 #pragma unroll
-      for (int i = 0; i < kEntries / 2; ++i) low[i] = load_value<T>(weight, first + 2 * i) | load_value<T>(weight, first + 2 * i + 1) << 16;
+      for (int i = 0; i < kEntries / 2; ++i)
+        low[i] = load_value<T>(weight, first + 2 * i) | load_value<T>(weight, first + 2 * i + 1) << 16;
     } else if constexpr (kEntries == 4) {
       const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(weight.lookup_table) + first));
       low[0] = v.x, low[1] = v.y;
@@ -216,14 +217,14 @@ __device__ void load_tables(TablePart<kBits>& part, const LutWeight& weight, int
       }
     }
     const int64_t upper = first + Part::upper(job, lane);
-    part.high[j] = vector ? __ldg(static_cast<const uint16_t*>(weight.lookup_table) + upper)
-                          : load_value<T>(weight, upper);
+    part.high[j] =
+        vector ? __ldg(static_cast<const uint16_t*>(weight.lookup_table) + upper) : load_value<T>(weight, upper);
   }
 }
 
 template <class T, int kBits, int kBatch, int kBuffers>
-__device__ void fill_tables(Shared<T, kBits, kBatch, kBuffers>& shared, const TablePart<kBits>& part, const LutWeight& weight,
-                            int buffer, uint32_t parity, int warp, int lane) {
+__device__ void fill_tables(Shared<T, kBits, kBatch, kBuffers>& shared, const TablePart<kBits>& part,
+                            const LutWeight& weight, int buffer, uint32_t parity, int warp, int lane) {
   using Part = TablePart<kBits>;
   constexpr DType kOwn = __is_same(T, __nv_bfloat16) ? DType::kBFloat16 : DType::kFloat16;
   const bool convert = vector_tables(weight) && weight.table_dtype != kOwn;
@@ -368,8 +369,7 @@ struct SparsePart {
 
 // The sums of all warps, the bias and y, for one tile: by the first threads of some service warps.
 template <class T, int kBatch>
-__device__ void write_y(const float (&sums)[kSumWarps][kBatch][kRows], const LinearCall& call, int tile,
-                        int thread) {
+__device__ void write_y(const float (&sums)[kSumWarps][kBatch][kRows], const LinearCall& call, int tile, int thread) {
   const int n = thread / kRows;
   const int row = tile * kRows + thread % kRows;
   if (n >= call.batch || row >= call.weight.out_features) return;
@@ -466,8 +466,9 @@ __device__ __forceinline__ void load_words(uint32_t* words, const unsigned char*
 
 // The duties of a consuming warp, for all tiles of the block.
 template <class T, int kBits, int kBatch, int kBuffers>
-__device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const unsigned char* ring, const unsigned char* x,
-                               const LinearCall& call, const Plan& plan, int tiles, int warp, int lane) {
+__device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const unsigned char* ring,
+                               const unsigned char* x, const LinearCall& call, const Plan& plan, int tiles, int warp,
+                               int lane) {
   using U = Unit<kBits>;
   // With fewer than 8 columns each of the tensor core's takes every kSlices-th group of a lane's weights
   // and zeros for the others, which its registers keep holding: the sums of the columns are added.
@@ -484,8 +485,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const
   const int first_piece = (unit * U::kWeights + lane % 4 * U::kLaneWeights) / 8 + max(slice, 0);
   const unsigned char* lane_x[kLoads];
 #pragma unroll
-  for (int i = 0; i < kLoads; ++i)
-    lane_x[i] = x + column * plan.x_stride + x_piece(first_piece + i * kSlices) * 16;
+  for (int i = 0; i < kLoads; ++i) lane_x[i] = x + column * plan.x_stride + x_piece(first_piece + i * kSlices) * 16;
   uint4 activations[U::kGroups] = {};
   const auto* memory = reinterpret_cast<const unsigned char*>(&shared);
 
@@ -503,8 +503,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const
     float products[kSums][4] = {};
     for (; stage < plan.stages; stage += kStageStride) {
       wait(shared.full[slot.index], slot.parity);
-      const unsigned char* source =
-          ring + slot.index * U::kSlotBytes;
+      const unsigned char* source = ring + slot.index * U::kSlotBytes;
       uint32_t words[2][U::kLaneWords];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
@@ -516,8 +515,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const
       const int x_offset = stage * U::kStageWeights * 2;
 #pragma unroll
       for (int i = 0; i < U::kGroups; ++i)
-        if (slice == i % kSlices)
-          activations[i] = *reinterpret_cast<const uint4*>(lane_x[i / kSlices] + x_offset);
+        if (slice == i % kSlices) activations[i] = *reinterpret_cast<const uint4*>(lane_x[i / kSlices] + x_offset);
 #pragma unroll
       for (int i = 0; i < U::kGroups; ++i) {
         const uint4& b = activations[i];
@@ -561,8 +559,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const
 }
 
 template <class T, int kBits, int kBatch, int kBuffers>
-__device__ void run_block(unsigned char* memory, const LinearCall& call, const CUtensorMap& weights,
-                          const Plan& plan) {
+__device__ void run_block(unsigned char* memory, const LinearCall& call, const CUtensorMap& weights, const Plan& plan) {
   auto& shared = *reinterpret_cast<Shared<T, kBits, kBatch, kBuffers>*>(memory);
   unsigned char* x = memory + sizeof(shared);
   unsigned char* ring = memory + ring_offset(sizeof(shared) + kBatch * plan.x_stride);
@@ -610,7 +607,7 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
 #endif
 
 template <class T, int kBits, int kBatch, int kBuffers>
-__global__ void __launch_bounds__(kThreads, 1) 
+__global__ void __launch_bounds__(kThreads, 1)
     streamed_kernel(const LinearCall call, const __grid_constant__ CUtensorMap weights, const Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -644,11 +641,11 @@ cudaError_t launch(const LinearCall& call, const Plan& plan) {
   if (error != cudaSuccess) return error;
   const LutWeight& weight = call.weight;
   CUtensorMap weights;
-  const cudaError_t mapped = make_tensor_map(
-      {CU_TENSOR_MAP_DATA_TYPE_INT32, weight.qweight, static_cast<uint64_t>(weight.words_per_row),
-       static_cast<uint64_t>(weight.out_features), static_cast<uint64_t>(weight.words_per_row) * 4, kBoxRowBytes / 4,
-       kRows, CU_TENSOR_MAP_SWIZZLE_128B},
-      weights);
+  const cudaError_t mapped =
+      make_tensor_map({CU_TENSOR_MAP_DATA_TYPE_INT32, weight.qweight, static_cast<uint64_t>(weight.words_per_row),
+                       static_cast<uint64_t>(weight.out_features), static_cast<uint64_t>(weight.words_per_row) * 4,
+                       kBoxRowBytes / 4, kRows, CU_TENSOR_MAP_SWIZZLE_128B},
+                      weights);
   if (mapped != cudaSuccess) return mapped;
   const int tiles = (weight.out_features + kRows - 1) / kRows;
   cudaLaunchAttribute overlap{};
@@ -698,6 +695,15 @@ cudaError_t launch_bits(const LinearCall& call) {
 }
 
 }  // namespace
+
+bool can_stream() {
+  static const bool compiled = [] {
+    cudaFuncAttributes attributes;
+    const auto kernel = streamed_kernel<__half, 4, 1, 2>;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  }();
+  return compiled;
+}
 
 cudaError_t linear_streamed(const LinearCall& call) {
   return call.dtype == DType::kFloat16 ? launch_bits<__half>(call) : launch_bits<__nv_bfloat16>(call);

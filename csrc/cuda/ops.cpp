@@ -35,6 +35,7 @@ void check_launch(cudaError_t error) {
 struct DeviceLimits {
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
+  int capability;     // major number of the compute capability
 };
 
 // Asked of the driver once.
@@ -46,6 +47,7 @@ const DeviceLimits& device_limits(int32_t device) {
     for (int i = 0; i < count; ++i) {
       check_launch(cudaDeviceGetAttribute(&limits[i].multiprocessors, cudaDevAttrMultiProcessorCount, i));
       check_launch(cudaDeviceGetAttribute(&limits[i].shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, i));
+      check_launch(cudaDeviceGetAttribute(&limits[i].capability, cudaDevAttrComputeCapabilityMajor, i));
     }
     return limits;
   }();
@@ -129,7 +131,8 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   call.batch = static_cast<int>(batch);
   call.y = y.mutable_data_ptr();
   if (small) {
-    check_launch(linear_small_batch(call));
+    const bool streamed = limits.capability >= 9 && is_aligned(call) && can_stream();
+    check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
     return y;
   }
   const Tensor workspace = empty(x, {linear_slices(call), batch, out_features}, aoti_torch_dtype_float32());

@@ -55,8 +55,10 @@ struct DequantizeCall {
 cudaError_t dequantize(const DequantizeCall& call);
 // Batches 1 to kSmallBatch.
 cudaError_t linear_small_batch(const LinearCall& call);
-// Batches 1 to kSmallBatch on compute capability 9.0; only where is_aligned(call).
+// Batches 1 to kSmallBatch on compute capability 9.0; only where is_aligned(call) and can_stream().
 cudaError_t linear_streamed(const LinearCall& call);
+// Whether this library was compiled for compute capability 9.0; asked on such a device.
+bool can_stream();
 // Any batch, to be followed by finish_linear; only where is_aligned(call).
 cudaError_t linear_tensor_core(const LinearCall& call);
 cudaError_t finish_linear(const LinearCall& call);
