@@ -1,0 +1,144 @@
+"""The quantized layer while its tables are trained.
+
+    W[o, i] = round(T[o, index[o, i]])   in the dense part,     round: to the tables' 16-bit dtype
+    W[o, i] = C[o, i]                    in the sparse part
+
+A sparse value is stored as the difference to a table entry. What is held here is the sum C: a cell
+of the sparse part keeps its weight while the entry under it moves, and the value is made anew at
+the end. The rounding passes gradients through, so the loss is always that of the stored tables.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from squeezellm_hf.formats import csr, packing
+from squeezellm_hf.methods.squeezellm.sparse import exact_residuals
+from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.ops.table_gradient import table_gradient
+
+# Rows are looked up for so many cells at a time: bounds the memory of the 64-bit indices.
+_CELLS = 1 << 24
+_CPU_CELLS = 1 << 20
+
+
+class TableLinear(nn.Module):
+    """y = x W^T + bias with trainable tables.
+
+    The weight is made for a product and dropped, in the forward and again in the backward pass:
+    beside the activations, a layer holds one byte a weight.
+
+    Args:
+        layer: whose tensors are copied; on its device.
+        train_values: whether the cells of the sparse part are trained.
+
+    Parameters and buffers:
+        table: fp32 [out_features, 2**bits].
+        cells: fp32 [nnz], the weights of the sparse part, or None.
+        indices: uint8 [out_features, in_features].
+        positions: int64 [nnz], of the cells in the flattened weight, or None.
+        bias: of the layer, or None.
+    """
+
+    def __init__(self, layer: SqueezeLLMLinear, *, train_values: bool = False) -> None:
+        super().__init__()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bits = layer.bits
+        self.table_dtype = layer.lookup_table.dtype
+        self.table = nn.Parameter(layer.lookup_table.detach().float())
+        self.cells: nn.Parameter | None = None
+        self.indices: Tensor
+        self.register_buffer(
+            "indices", packing.unpack(layer.qweight, layer.bits, layer.in_features)
+        )
+        self.positions: Tensor | None
+        self.register_buffer("positions", None)
+        if layer.crow_indices is not None and layer.values is not None:
+            rows = csr.row_indices(layer.crow_indices, layer.nnz)
+            columns = csr.decode_columns(layer.col_indices)  # type: ignore[arg-type]
+            self.positions = rows * layer.in_features + columns
+            entries = self.table.detach()[rows, self.indices[rows, columns].to(torch.int64)]
+            self.cells = nn.Parameter(entries + layer.values.float(), requires_grad=train_values)
+        self.bias = layer.bias
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight as it would be stored, [out_features, in_features], without gradient."""
+        table = self.table.detach().to(self.table_dtype).to(dtype)
+        limit = _CPU_CELLS if table.device.type == "cpu" else _CELLS
+        rows = max(1, limit // self.in_features)
+        weight = torch.empty(self.indices.shape, dtype=dtype, device=table.device)
+        for out, entries, indices in zip(
+            weight.split(rows), table.split(rows), self.indices.split(rows), strict=True
+        ):
+            torch.gather(entries, 1, indices.to(torch.int64), out=out)
+        if self.cells is not None:
+            weight.view(-1)[self.positions] = self.cells.detach().to(dtype)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features], in autocast's dtype or that of x."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        y: Tensor = _TableProduct.apply(x, self.table, self.cells, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """The layer's tensors as a checkpoint holds them: tables ascending, sparse cells exact.
+
+        Returns:
+            ``qweight``, ``lookup_table`` and, with a sparse part, ``values``. The other tensors
+            of the layer stay as they are.
+        """
+        table, order = self.table.to(self.table_dtype).sort(dim=1, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
+        indices = torch.empty_like(self.indices)
+        rows = max(1, _CPU_CELLS // self.in_features)
+        for out, ranks, old in zip(
+            indices.split(rows), rank.split(rows), self.indices.split(rows), strict=True
+        ):
+            out.copy_(ranks.gather(1, old.to(torch.int64)))
+        tensors = {"lookup_table": table}
+        if self.cells is not None and self.positions is not None:
+            row = self.positions // self.in_features
+            index, values = exact_residuals(self.cells.detach(), table[row], self.table_dtype)
+            indices.view(-1)[self.positions] = index
+            tensors["values"] = values
+        return {"qweight": packing.pack(indices, self.bits), **tensors}
+
+
+class _TableProduct(torch.autograd.Function):
+    """x W^T. The weight is made again in the backward pass rather than kept."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, table: Tensor, cells: Tensor | None, layer: TableLinear
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return torch.nn.functional.linear(x, layer.weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        layer: TableLinear = ctx.layer
+        needs_x, needs_table, needs_cells, _ = ctx.needs_input_grad
+        grad_x = grad @ layer.weight(grad.dtype) if needs_x else None
+        grad_table = grad_cells = None
+        if needs_table or needs_cells:
+            flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+            grad_weight = flat_grad.T @ flat_x
+            if layer.positions is not None:
+                flat = grad_weight.view(-1)
+                if needs_cells:
+                    grad_cells = flat[layer.positions].float()
+                # These cells do not depend on the table.
+                flat[layer.positions] = 0
+            if needs_table:
+                grad_table = table_gradient(grad_weight, layer.indices, 2**layer.bits)
+        return grad_x, grad_table, grad_cells, None
