@@ -65,7 +65,7 @@ class CausalLM:
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[n, hidden_size] -> [n, vocab_size], by the model's own code (scale, soft cap, ...)."""
         tokens = torch.zeros(1, len(hidden_states), dtype=torch.int64, device=self.device)
-        with self._given(hidden_states[None]), self._autocast():
+        with self._given(hidden_states[None].to(self.dtype)), self._autocast():
             return self.model(input_ids=tokens, use_cache=False).logits[0]
 
     @contextlib.contextmanager

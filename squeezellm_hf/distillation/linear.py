@@ -116,7 +116,7 @@ class _TableProduct(torch.autograd.Function):
     """x W^T. The weight is made again in the backward pass rather than kept."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, table: Tensor, cells: Tensor | None, layer: TableLinear
     ) -> Tensor:
         ctx.layer = layer
@@ -124,7 +124,7 @@ class _TableProduct(torch.autograd.Function):
         return torch.nn.functional.linear(x, layer.weight(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         layer: TableLinear = ctx.layer
         needs_x, needs_table, needs_cells, _ = ctx.needs_input_grad

@@ -30,7 +30,7 @@ class _KL(torch.autograd.Function):
         return terms.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (difference,) = ctx.saved_tensors
         return difference * grad.to(difference.dtype), None
 
@@ -50,7 +50,7 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
             f"logits differ in shape: {list(teacher.shape)} of the original, "
             f"{list(student.shape)} of the quantized model"
         )
-    return _KL.apply(student, teacher)  # type: ignore[no-any-return]
+    return _KL.apply(student, teacher)
 
 
 def _pieces(model: CausalLM, *states: Tensor) -> Any:
@@ -73,9 +73,7 @@ def divergence(model: CausalLM, input_ids: Tensor, teacher_states: Tensor) -> Te
     return total
 
 
-def backward(
-    model: CausalLM, input_ids: Tensor, teacher_states: Tensor, scale: float
-) -> Tensor:
+def backward(model: CausalLM, input_ids: Tensor, teacher_states: Tensor, scale: float) -> Tensor:
     """Add the gradient of ``scale`` times the summed KL of a batch to what requires one.
 
     Args: as of :func:`divergence`.

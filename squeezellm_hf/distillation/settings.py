@@ -67,7 +67,7 @@ class DistillationSettings:
     @property
     def evaluation_interval(self) -> int:
         """Steps from one measurement of the held-out divergence to the next."""
-        return max(1, self.steps // self.evaluations)
+        return -(-self.steps // self.evaluations)
 
     def learning_rate(self, bits: int) -> float:
         """Peak learning rate of tables of ``2**bits`` entries."""
