@@ -70,7 +70,8 @@ def record_teacher(
                 unit="sequence",
                 disable=not progress,
             ) as bar:
-                for batch in sequences[rows:].split(batch_size):
+                for first in range(rows, len(sequences), batch_size):
+                    batch = sequences[first : first + batch_size]
                     states = original.hidden_states(batch).cpu().contiguous()
                     file.write(states.view(torch.uint8).numpy().data)
                     bar.update(len(batch))

@@ -223,11 +223,16 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         ):
             raise ValueError(f"versions must be an object of strings, got {versions!r}")
         distilled = self.distilled
+        keys = {"steps", "divergence_before", "divergence_after"}
         if distilled is not None and not (
             isinstance(distilled, Mapping)
+            and set(distilled) == keys
             and all(isinstance(v, int | float) for v in distilled.values())
         ):
-            raise ValueError(f"distilled must be an object of numbers, got {distilled!r}")
+            raise ValueError(
+                f"distilled must be an object of numbers ({', '.join(sorted(keys))}), "
+                f"got {distilled!r}"
+            )
 
     @classmethod
     def from_dict(

@@ -1,0 +1,46 @@
+"""Norms with fp32 masters."""
+
+import pytest
+import torch
+from torch import nn
+
+from squeezellm_hf.distillation.norm import TrainableNorm
+from tests.conftest import tiny_llama
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(16), nn.RMSNorm(16)])
+def test_gradient_and_output_are_those_of_the_norm(norm: nn.Module) -> None:
+    trained = TrainableNorm(norm)
+    x = torch.randn(5, 16)
+    y, expected = trained(x), norm(x)
+    assert y.equal(expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for name, parameter in norm.named_parameters():
+        torch.testing.assert_close(trained.masters[name].grad, parameter.grad)
+
+
+def test_runs_with_what_it_stores() -> None:
+    norm = nn.RMSNorm(16, dtype=torch.bfloat16)
+    trained = TrainableNorm(norm)
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        trained.masters["weight"] += 0.01 * torch.randn(16)
+    y = trained(x)
+    assert norm.weight.equal(torch.ones_like(norm.weight))
+    trained.store()
+    assert norm.weight.dtype == torch.bfloat16
+    assert norm.weight.equal(trained.masters["weight"].bfloat16())
+    assert norm(x).equal(y)
+
+
+def test_finds_the_norms_of_a_model() -> None:
+    names = [name for name, module in tiny_llama().named_modules() if TrainableNorm.fits(module)]
+    assert names == [
+        *(
+            f"model.layers.{i}.{kind}_layernorm"
+            for i in range(2)
+            for kind in ("input", "post_attention")
+        ),
+        "model.norm",
+    ]
