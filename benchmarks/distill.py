@@ -4,8 +4,9 @@
     python benchmarks/distill.py --data brown.safetensors bits=3,steps=300 bits=3,steps=1200 \\
         --device cuda --json distill.json
 
-A case is ``bits=B,steps=N`` and, wanted or not, ``dense``, ``norms``, ``values``, ``lr=X``,
-``batch=N``. The first command tokenizes: the second then needs no network and no tokenizer.
+A case is ``bits=B,steps=N`` and, wanted or not, ``dense``, ``norms``, ``values``, ``indices``,
+``lr=X``, ``batch=N``. The first command tokenizes: the second then needs no network and no
+tokenizer.
 
 Calibration: 128 x 512 tokens of 450 texts; distillation: all of these texts; perplexity: 24 x 512
 tokens of the 50 others, and of Python's help texts.
@@ -32,6 +33,7 @@ from squeezellm_hf.evaluation.environment import environment
 from squeezellm_hf.evaluation.evaluate import evaluate
 from squeezellm_hf.evaluation.footprint import model_footprint
 from squeezellm_hf.evaluation.report import Column, decimals, percent, print_table, write_json
+from squeezellm_hf.ops import native
 
 LENGTH = 512
 N_CALIBRATION = 128
@@ -136,6 +138,7 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
             micro_batch_size=options.micro_batch,
             train_norms="norms" in given,
             train_values="values" in given,
+            train_indices="indices" in given,
         )
         if "lr" in given:
             settings = replace(settings, lr=float(given["lr"]))
@@ -157,9 +160,16 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
     return rows
 
 
+def _as_evaluated(model: Any) -> Any:
+    """A plain model on a GPU without compiled kernels: their reference is slow."""
+    on_cpu = model.device.type == "cpu"
+    return model if on_cpu or native.status().cuda_loaded else copy.deepcopy(model).dequantize()
+
+
 def _evaluated(label: str, model: Any, original: Any, data: dict[str, Tensor], options: Any) -> Any:
-    result = evaluate(model, data["test"][: options.n_test], original=original)
-    other = evaluate(model, data["other"][: options.n_test], original=original)
+    run = _as_evaluated(model)
+    result = evaluate(run, data["test"][: options.n_test], original=original)
+    other = evaluate(run, data["other"][: options.n_test], original=original)
     assert result.original_perplexity is not None
     assert other.original_perplexity is not None
     assert result.divergence is not None

@@ -6,6 +6,10 @@
 A sparse value is stored as the difference to a table entry. What is held here is the sum C: a cell
 of the sparse part keeps its weight while the entry under it moves, and the value is made anew at
 the end. The rounding passes gradients through, so the loss is always that of the stored tables.
+
+With trained indices a continuous weight S stands behind each cell of the dense part, at first its
+table entry. It follows the gradient with respect to W, and index[o, i] is the entry nearest to
+S[o, i] (the straight-through estimator of Y. Bengio et al., arXiv 1308.3432).
 """
 
 from typing import Any
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from squeezellm_hf.formats import csr, packing
+from squeezellm_hf.methods.squeezellm.codebook import nearest_entry
 from squeezellm_hf.methods.squeezellm.sparse import exact_residuals
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.ops.table_gradient import table_gradient
@@ -32,16 +37,20 @@ class TableLinear(nn.Module):
     Args:
         layer: whose tensors are copied; on its device.
         train_values: whether the cells of the sparse part are trained.
+        train_indices: whether the indices are trained; takes another 16 bytes a weight.
 
     Parameters and buffers:
         table: fp32 [out_features, 2**bits].
+        shadow: fp32 [out_features, in_features], the weights that the indices follow, or None.
         cells: fp32 [nnz], the weights of the sparse part, or None.
         indices: uint8 [out_features, in_features].
         positions: int64 [nnz], of the cells in the flattened weight, or None.
         bias: of the layer, or None.
     """
 
-    def __init__(self, layer: SqueezeLLMLinear, *, train_values: bool = False) -> None:
+    def __init__(
+        self, layer: SqueezeLLMLinear, *, train_values: bool = False, train_indices: bool = False
+    ) -> None:
         super().__init__()
         self.in_features = layer.in_features
         self.out_features = layer.out_features
@@ -62,27 +71,52 @@ class TableLinear(nn.Module):
             entries = self.table.detach()[rows, self.indices[rows, columns].to(torch.int64)]
             self.cells = nn.Parameter(entries + layer.values.float(), requires_grad=train_values)
         self.bias = layer.bias
+        self.shadow: nn.Parameter | None = None
+        if train_indices:
+            self.shadow = nn.Parameter(self.table.detach().gather(1, self.indices.to(torch.int64)))
+
+    @torch.no_grad()
+    def assign(self) -> None:
+        """Set the indices to the entries nearest to the weights behind them."""
+        if self.shadow is None:
+            return
+        table, order = self.table.to(self.table_dtype).float().sort(dim=1, stable=True)
+        rows = max(1, self._piece // self.in_features)
+        order = order.to(torch.uint8)
+        for out, shadow, entries, names in zip(
+            self.indices.split(rows),
+            self.shadow.split(rows),
+            table.split(rows),
+            order.split(rows),
+            strict=True,
+        ):
+            out.copy_(names.gather(1, nearest_entry(shadow, entries).to(torch.int64)))
+
+    @property
+    def _piece(self) -> int:
+        """Cells that are looked up together."""
+        return _CPU_CELLS if self.table.device.type == "cpu" else _CELLS
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it would be stored, [out_features, in_features], without gradient."""
         table = self.table.detach().to(self.table_dtype).to(dtype)
-        limit = _CPU_CELLS if table.device.type == "cpu" else _CELLS
-        rows = max(1, limit // self.in_features)
+        rows = max(1, self._piece // self.in_features)
         weight = torch.empty(self.indices.shape, dtype=dtype, device=table.device)
         for out, entries, indices in zip(
             weight.split(rows), table.split(rows), self.indices.split(rows), strict=True
         ):
             torch.gather(entries, 1, indices.to(torch.int64), out=out)
-        if self.cells is not None:
-            weight.view(-1)[self.positions] = self.cells.detach().to(dtype)
+        if self.cells is not None and self.positions is not None:
+            weight.view(-1).index_copy_(0, self.positions, self.cells.detach().to(dtype))
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features], in autocast's dtype or that of x."""
+        self.assign()
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        y: Tensor = _TableProduct.apply(x, self.table, self.cells, self)
+        y: Tensor = _TableProduct.apply(x, self.table, self.cells, self.shadow, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -93,12 +127,13 @@ class TableLinear(nn.Module):
             ``qweight``, ``lookup_table`` and, with a sparse part, ``values``. The other tensors
             of the layer stay as they are.
         """
+        self.assign()
         table, order = self.table.to(self.table_dtype).sort(dim=1, stable=True)
         rank = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
         indices = torch.empty_like(self.indices)
-        rows = max(1, _CPU_CELLS // self.in_features)
+        rows = max(1, self._piece // self.in_features)
         for out, ranks, old in zip(
             indices.split(rows), rank.split(rows), self.indices.split(rows), strict=True
         ):
@@ -117,7 +152,12 @@ class _TableProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, table: Tensor, cells: Tensor | None, layer: TableLinear
+        ctx: Any,
+        x: Tensor,
+        table: Tensor,
+        cells: Tensor | None,
+        shadow: Tensor | None,
+        layer: TableLinear,
     ) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x)
@@ -127,18 +167,20 @@ class _TableProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         layer: TableLinear = ctx.layer
-        needs_x, needs_table, needs_cells, _ = ctx.needs_input_grad
+        needs_x, needs_table, needs_cells, needs_shadow, _ = ctx.needs_input_grad
         grad_x = grad @ layer.weight(grad.dtype) if needs_x else None
-        grad_table = grad_cells = None
-        if needs_table or needs_cells:
+        grad_table = grad_cells = grad_shadow = None
+        if needs_table or needs_cells or needs_shadow:
             flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
             grad_weight = flat_grad.T @ flat_x
             if layer.positions is not None:
                 flat = grad_weight.view(-1)
                 if needs_cells:
-                    grad_cells = flat[layer.positions].float()
+                    grad_cells = flat.index_select(0, layer.positions).float()
                 # These cells do not depend on the table.
-                flat[layer.positions] = 0
+                flat.index_fill_(0, layer.positions, 0)
             if needs_table:
                 grad_table = table_gradient(grad_weight, layer.indices, 2**layer.bits)
-        return grad_x, grad_table, grad_cells, None
+            if needs_shadow:
+                grad_shadow = grad_weight.float()
+        return grad_x, grad_table, grad_cells, grad_shadow, None

@@ -21,6 +21,8 @@ class DistillationSettings:
             Fewer need less memory; the result differs by rounding alone.
         train_norms: train the weights (and biases) of the norms, too.
         train_values: train the weights of the sparse part, too.
+        train_indices: train the indices, too: 20 bytes more a weight, in memory and, half of them,
+            in a kept state.
         held_out: sequences that are not trained on and decide what is kept; at most an eighth of
             the data.
         evaluations: how often the held-out divergence is measured, spread over the steps.
@@ -38,6 +40,7 @@ class DistillationSettings:
     micro_batch_size: int | None = None
     train_norms: bool = False
     train_values: bool = False
+    train_indices: bool = False
     held_out: int = 16
     evaluations: int = 12
     patience: int = 4
@@ -51,7 +54,7 @@ class DistillationSettings:
         if self.micro_batch_size is not None:
             _check_integer("micro_batch_size", self.micro_batch_size)
         _check_integer("seed", self.seed, low=0)
-        for name in ("train_norms", "train_values"):
+        for name in ("train_norms", "train_values", "train_indices"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         lr = self.lr

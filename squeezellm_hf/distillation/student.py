@@ -29,7 +29,11 @@ class Student:
         for name, module in model.named_modules():
             if isinstance(module, SqueezeLLMLinear):
                 _check_in_memory(name, module)
-                self.layers[name] = TableLinear(module, train_values=settings.train_values)
+                self.layers[name] = TableLinear(
+                    module,
+                    train_values=settings.train_values,
+                    train_indices=settings.train_indices,
+                )
             elif settings.train_norms and TrainableNorm.fits(module):
                 self.norms[name] = TrainableNorm(module)
         if not self.layers:
@@ -40,7 +44,8 @@ class Student:
         by_rate: dict[float, list[nn.Parameter]] = {}
         for layer in self.layers.values():
             group = by_rate.setdefault(settings.learning_rate(layer.bits), [])
-            group.extend(p for p in (layer.table, layer.cells) if p is not None and p.requires_grad)
+            trained = (layer.table, layer.cells, layer.shadow)
+            group.extend(p for p in trained if p is not None and p.requires_grad)
         rate = settings.learning_rate(max(layer.bits for layer in self.layers.values()))
         norms = [p for norm in self.norms.values() for p in norm.parameters()]
         if norms:

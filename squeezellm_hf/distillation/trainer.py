@@ -1,6 +1,9 @@
 """The loop: Adam, one cycle of the learning rate, the best tables by held-out divergence."""
 
+import contextlib
 import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +15,7 @@ from squeezellm_hf.distillation import objective
 from squeezellm_hf.distillation.causal_lm import CausalLM
 from squeezellm_hf.distillation.checkpoint import Checkpoint
 from squeezellm_hf.distillation.data import Sequences, batch_rows
+from squeezellm_hf.distillation.graph import GraphedBackward
 from squeezellm_hf.distillation.settings import DistillationSettings
 from squeezellm_hf.distillation.student import State, Student
 from squeezellm_hf.distillation.teacher import TeacherStates
@@ -79,6 +83,11 @@ class Trainer:
         self.settings = settings
         self.checkpoint = checkpoint
         self.progress = Progress()
+        self._graphs: dict[int, GraphedBackward] = {}
+        for group in student.groups(settings):
+            for parameter in group["params"]:
+                # A graph writes to one place: gradients are set to zero, never to None.
+                parameter.grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.Adam(student.groups(settings), fused=True)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
@@ -91,8 +100,16 @@ class Trainer:
 
     def run(self, progress: bool = True) -> Progress:
         """Train to the end, or until nothing is gained, and leave the best in the student."""
-        settings = self.settings
         self._resume()
+        with _deterministic(self.model.device):
+            self._train(progress)
+        self._save()
+        self.student.load(self.progress.best)
+        return self.progress
+
+    def _train(self, progress: bool) -> None:
+        settings = self.settings
+        self._graphs = self._capture()
         if not self.progress.held_out:
             self._measure()
         with tqdm(
@@ -118,9 +135,6 @@ class Trainer:
                     )
                 if self.checkpoint.is_due:
                     self._save()
-        self._save()
-        self.student.load(self.progress.best)
-        return self.progress
 
     @property
     def _hopeless(self) -> bool:
@@ -129,17 +143,45 @@ class Trainer:
     def _step(self) -> Tensor:
         """One update; the mean KL a token of its batch, fp32 scalar."""
         settings, train = self.settings, self.sequences.train
-        batch = min(settings.batch_size, len(train))
-        rows = batch_rows(self.progress.step, len(train), batch, settings.seed)
-        scale = 1.0 / (rows.numel() * train.shape[1])
-        self.optimizer.zero_grad()
+        rows = batch_rows(self.progress.step, len(train), self._batch, settings.seed)
+        self.optimizer.zero_grad(set_to_none=False)
         losses = [
-            objective.backward(self.model, train[some], self._teacher(some), scale)
+            self._backward(train[some], self._teacher(some))
             for some in rows.split(settings.micro_batch)
         ]
         self.optimizer.step()
         self.schedule.step()
         return torch.stack(losses).sum()
+
+    def _backward(self, input_ids: Tensor, states: Tensor) -> Tensor:
+        """Add the gradient of a part of an update; the part's share of the mean KL a token."""
+        graph = self._graphs.get(len(input_ids))
+        if graph is not None:
+            return graph(input_ids, states)
+        return objective.backward(self.model, input_ids, states, self._scale)
+
+    @property
+    def _batch(self) -> int:
+        return min(self.settings.batch_size, len(self.sequences.train))
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 / (self._batch * self.sequences.train.shape[1])
+
+    def _capture(self) -> dict[int, GraphedBackward]:
+        """A graph for every number of sequences that pass through the model together."""
+        if self.model.device.type != "cuda":
+            return {}
+        parts = torch.arange(self._batch).split(self.settings.micro_batch)
+        length = self.sequences.train.shape[1]
+        try:
+            return {
+                size: GraphedBackward(self.model, (size, length), self._scale)
+                for size in {len(part) for part in parts}
+            }
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph of this model, steps are slower: {error}", stacklevel=2)
+            return {}
 
     def _teacher(self, rows: Tensor) -> Tensor:
         return self.states.batch(rows).to(self.model.device, non_blocking=True)
@@ -175,3 +217,25 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
             self.progress = Progress(**saved["progress"])
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """While it lasts, what has a deterministic variant on an accelerator takes it: the backward
+    pass of attention above all. A resumed run could not end in the same tensors otherwise."""
+    if device.type == "cpu":
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            # cuBLAS asks for CUBLAS_WORKSPACE_CONFIG, which matters with several streams alone.
+            warnings.filterwarnings("ignore", message=".*[Dd]eterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -102,6 +102,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         distill_sequence_length: Tokens a sequence.
         distill_norms: Train the weights of the norms, too.
         distill_values: Train the weights of the sparse part, too.
+        distill_indices: Train the indices, too: 20 bytes more a weight while it lasts.
         tokenizer: Tokenizer, or the name of one. Default: the one that lies with the model.
         work_dir: Directory that keeps finished work, so that a killed run goes on where it was.
             Needs 4 bytes a weight there. (Distillation writes 2 * hidden_size bytes a token there,
@@ -130,6 +131,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     distill_sequence_length: int = 512
     distill_norms: bool = False
     distill_values: bool = False
+    distill_indices: bool = False
     tokenizer: Any = None
     work_dir: str | None = None
     dequantize: bool = False
@@ -168,6 +170,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                 sequence_length=self.distill_sequence_length,
                 train_norms=self.distill_norms,
                 train_values=self.distill_values,
+                train_indices=self.distill_indices,
                 seed=self.seed,
             )
         except ValueError as error:

@@ -100,6 +100,7 @@ def distill(
     config.distill_sequence_length = settings.sequence_length
     config.distill_norms = settings.train_norms
     config.distill_values = settings.train_values
+    config.distill_indices = settings.train_indices
     record(config, result)
     return result
 

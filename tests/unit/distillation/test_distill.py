@@ -78,6 +78,7 @@ def held_out_kl(model: nn.Module, sequences: Sequences) -> float:
         {"train_norms": True},
         {"train_values": True},
         {"train_norms": True, "train_values": True},
+        {"train_indices": True},
     ],
 )
 def test_brings_the_model_nearer(
@@ -161,7 +162,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_norms": True, "train_values": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"train_norms": True, "train_values": True, "train_indices": True}]
+)
 @pytest.mark.parametrize("steps_before_death", [0, 1, 7, 23])
 def test_death_and_resumption(
     steps_before_death: int,

@@ -162,3 +162,34 @@ def test_trained_cells_are_stored() -> None:
     before, after = (t.dequantize(torch.float32) for t in (quantized, stored))
     torch.testing.assert_close(after[mask], before[mask] + 1.0, rtol=1e-3, atol=1e-3)
     assert after[~mask].equal(before[~mask])
+
+
+def test_indices_follow_their_weights() -> None:
+    quantized = layer()
+    trained = TableLinear(quantized, train_indices=True)
+    x = torch.randn(6, IN)
+    before = trained.indices.clone()
+    y = trained(x)
+    assert trained.indices.equal(before)  # at first every weight is its entry
+    y.square().sum().backward()
+    frozen = TableLinear(quantized)
+    frozen(x).square().sum().backward()
+    torch.testing.assert_close(trained.table.grad, frozen.table.grad)
+    exact = torch.nn.functional.linear(x, frozen.weight(torch.float32), quantized.bias)
+    grad = 2 * exact.T @ x
+    grad[sparse_cells(quantized)] = 0
+    torch.testing.assert_close(trained.shadow.grad, grad, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        trained.shadow += 0.3 * torch.randn_like(trained.shadow)
+        trained.table += 0.1 * torch.randn_like(trained.table)  # not ascending any more
+    trained(x)
+    table = trained.table.detach().half().float()
+    distance = (trained.shadow.detach()[:, :, None] - table[:, None, :]).abs()
+    chosen = distance.gather(2, trained.indices.to(torch.int64)[:, :, None])[:, :, 0]
+    torch.testing.assert_close(chosen, distance.amin(2))
+    assert not trained.indices.equal(before)
+    weight = trained.weight(torch.float32)
+    tensors = {**dict(quantized.named_parameters()), **trained.tensors()}
+    stored = SqueezeLLMLinear.from_tensors(tensors, bits=3, in_features=IN)
+    mask = sparse_cells(quantized)
+    assert stored.dequantize(torch.float32)[~mask].equal(weight[~mask])
