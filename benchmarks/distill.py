@@ -16,6 +16,7 @@ import argparse
 import copy
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ COLUMNS = (
     Column("top1_agreement", "same top-1", percent(2)),
     Column("steps", "steps"),
     Column("step_ms", "ms a step", decimals(0)),
-    Column("seconds", "distilled in, s", decimals(0)),
+    Column("seconds", "took, s", decimals(0)),
     Column("peak_gb", "peak GB", decimals(2)),
 )
 
@@ -100,21 +101,23 @@ def main() -> None:
         if not path.is_file():
             write_data(path, name)
         data = {key: ids.to(torch.int64) for key, ids in load_file(path).items()}
-        rows = measure(options, name, data, options.work_dir or Path(temporary))
+        rows: list[Any] = []
+        for row in measure(options, name, data, options.work_dir or Path(temporary)):
+            print_table([row], COLUMNS)
+            rows.append(row)
+            if options.json is not None:
+                write_json(options.json, rows, model=Path(name).name, environment=environment())
     print_table(rows, COLUMNS, f"Brown corpus, {options.device}, {options.dtype}")
-    if options.json is not None:
-        write_json(options.json, rows, model=Path(name).name, environment=environment())
 
 
-def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) -> list[Any]:
-    """One row for the original, for every quantized model, and for every distilled one."""
+def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) -> Iterator[Any]:
+    """One row for every quantized model, and for every distilled one."""
 
     def load() -> Any:
         dtype = getattr(torch, options.dtype)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(options.device)
 
     original = load()
-    rows: list[dict[str, Any]] = []
     quantized: dict[tuple[str, bool], Any] = {}
     for case in options.cases:
         given = parse(case)
@@ -128,9 +131,12 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
                 work_dir=str(work_dir),
                 **(DENSE if "dense" in given else SPARSE),
             )
+            start = time.monotonic()
             quantized[key] = quantize_model(load(), None, config)
-            label = f"{given['bits']} bits{', dense' if 'dense' in given else ''}"
-            rows.append(_evaluated(label, quantized[key], original, data, options))
+            seconds = time.monotonic() - start
+            label = f"bits={given['bits']}{',dense' if 'dense' in given else ''}"
+            row = _evaluated(label, quantized[key], original, data, options)
+            yield row | {"seconds": seconds}
         model = copy.deepcopy(quantized[key])
         settings = DistillationSettings(
             steps=int(given["steps"]),
@@ -147,17 +153,17 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
         accelerator = torch.device(options.device).type != "cpu"
         if accelerator:
             torch.accelerator.reset_peak_memory_stats()
+        # Cases share what is read of the original; its time belongs to the first alone.
+        was_read = bool(list(work_dir.glob("teacher-*.bin")))
         start = time.monotonic()
         result = distill(model, original, settings, dataset=data["distill"], work_dir=work_dir)
         seconds = time.monotonic() - start
         row = _evaluated(case, model, original, data, options)
         row |= {**asdict(result), "settings": asdict(settings), "seconds": seconds}
-        row["step_ms"] = 1e3 * seconds / result.steps
+        row["step_ms"] = 1e3 * seconds / result.steps if was_read else None
         if accelerator:
             row["peak_gb"] = torch.accelerator.max_memory_allocated() / 1e9
-        rows.append(row)
-        print_table(rows[-1:], COLUMNS)
-    return rows
+        yield row
 
 
 def _as_evaluated(model: Any) -> Any:

@@ -7,6 +7,9 @@ A sparse value is stored as the difference to a table entry. What is held here i
 of the sparse part keeps its weight while the entry under it moves, and the value is made anew at
 the end. The rounding passes gradients through, so the loss is always that of the stored tables.
 
+All of them are held relative to the root mean square of the layer's table, so that one learning
+rate means the same in every layer and every model.
+
 With trained indices a continuous weight S stands behind each cell of the dense part, at first its
 table entry. It follows the gradient with respect to W, and index[o, i] is the entry nearest to
 S[o, i] (the straight-through estimator of Y. Bengio et al., arXiv 1308.3432).
@@ -39,7 +42,7 @@ class TableLinear(nn.Module):
         train_values: whether the cells of the sparse part are trained.
         train_indices: whether the indices are trained; takes another 16 bytes a weight.
 
-    Parameters and buffers:
+    Parameters and buffers (the first three divided by ``scale``, a number):
         table: fp32 [out_features, 2**bits].
         shadow: fp32 [out_features, in_features], the weights that the indices follow, or None.
         cells: fp32 [nnz], the weights of the sparse part, or None.
@@ -56,7 +59,9 @@ class TableLinear(nn.Module):
         self.out_features = layer.out_features
         self.bits = layer.bits
         self.table_dtype = layer.lookup_table.dtype
-        self.table = nn.Parameter(layer.lookup_table.detach().float())
+        table = layer.lookup_table.detach().float()
+        self.scale = float(table.square().mean().sqrt()) or 1.0
+        self.table = nn.Parameter(table / self.scale)
         self.cells: nn.Parameter | None = None
         self.indices: Tensor
         self.register_buffer(
@@ -68,19 +73,25 @@ class TableLinear(nn.Module):
             rows = csr.row_indices(layer.crow_indices, layer.nnz)
             columns = csr.decode_columns(layer.col_indices)  # type: ignore[arg-type]
             self.positions = rows * layer.in_features + columns
-            entries = self.table.detach()[rows, self.indices[rows, columns].to(torch.int64)]
-            self.cells = nn.Parameter(entries + layer.values.float(), requires_grad=train_values)
+            entries = table[rows, self.indices[rows, columns].to(torch.int64)]
+            cells = (entries + layer.values.float()) / self.scale
+            self.cells = nn.Parameter(cells, requires_grad=train_values)
         self.bias = layer.bias
         self.shadow: nn.Parameter | None = None
         if train_indices:
             self.shadow = nn.Parameter(self.table.detach().gather(1, self.indices.to(torch.int64)))
 
     @torch.no_grad()
+    def entries(self) -> Tensor:
+        """The tables as they would be stored, but for the order of their entries."""
+        return (self.table * self.scale).to(self.table_dtype)
+
+    @torch.no_grad()
     def assign(self) -> None:
         """Set the indices to the entries nearest to the weights behind them."""
         if self.shadow is None:
             return
-        table, order = self.table.to(self.table_dtype).float().sort(dim=1, stable=True)
+        table, order = (self.entries().float() / self.scale).sort(dim=1, stable=True)
         rows = max(1, self._piece // self.in_features)
         order = order.to(torch.uint8)
         for out, shadow, entries, names in zip(
@@ -92,6 +103,10 @@ class TableLinear(nn.Module):
         ):
             out.copy_(names.gather(1, nearest_entry(shadow, entries).to(torch.int64)))
 
+    def _cells(self) -> Tensor:
+        assert self.cells is not None
+        return self.cells.detach() * self.scale
+
     @property
     def _piece(self) -> int:
         """Cells that are looked up together."""
@@ -99,7 +114,7 @@ class TableLinear(nn.Module):
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it would be stored, [out_features, in_features], without gradient."""
-        table = self.table.detach().to(self.table_dtype).to(dtype)
+        table = self.entries().to(dtype)
         rows = max(1, self._piece // self.in_features)
         weight = torch.empty(self.indices.shape, dtype=dtype, device=table.device)
         for out, entries, indices in zip(
@@ -107,7 +122,7 @@ class TableLinear(nn.Module):
         ):
             torch.gather(entries, 1, indices.to(torch.int64), out=out)
         if self.cells is not None and self.positions is not None:
-            weight.view(-1).index_copy_(0, self.positions, self.cells.detach().to(dtype))
+            weight.view(-1).index_copy_(0, self.positions, self._cells().to(dtype))
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +143,7 @@ class TableLinear(nn.Module):
             of the layer stay as they are.
         """
         self.assign()
-        table, order = self.table.to(self.table_dtype).sort(dim=1, stable=True)
+        table, order = self.entries().sort(dim=1, stable=True)
         rank = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
@@ -141,7 +156,7 @@ class TableLinear(nn.Module):
         tensors = {"lookup_table": table}
         if self.cells is not None and self.positions is not None:
             row = self.positions // self.in_features
-            index, values = exact_residuals(self.cells.detach(), table[row], self.table_dtype)
+            index, values = exact_residuals(self._cells(), table[row], self.table_dtype)
             indices.view(-1)[self.positions] = index
             tensors["values"] = values
         return {"qweight": packing.pack(indices, self.bits), **tensors}
@@ -176,11 +191,12 @@ class _TableProduct(torch.autograd.Function):
             if layer.positions is not None:
                 flat = grad_weight.view(-1)
                 if needs_cells:
-                    grad_cells = flat.index_select(0, layer.positions).float()
+                    grad_cells = flat.index_select(0, layer.positions).float() * layer.scale
                 # These cells do not depend on the table.
                 flat.index_fill_(0, layer.positions, 0)
             if needs_table:
-                grad_table = table_gradient(grad_weight, layer.indices, 2**layer.bits)
+                sums = table_gradient(grad_weight, layer.indices, 2**layer.bits)
+                grad_table = sums * layer.scale
             if needs_shadow:
-                grad_shadow = grad_weight.float()
+                grad_shadow = grad_weight.float() * layer.scale
         return grad_x, grad_table, grad_cells, grad_shadow, None

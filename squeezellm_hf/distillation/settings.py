@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-# Peak learning rate of the tables by bits; wider indices as 4, narrower as 2.
-LEARNING_RATES = {2: 5e-4, 3: 3e-4, 4: 2e-4}
+# Peak learning rate by bits, relative to the root mean square of a layer's table; wider indices as
+# 4, narrower as 2.
+LEARNING_RATES = {2: 2.5e-3, 3: 1.5e-3, 4: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class DistillationSettings:
 
     Attributes:
         steps: updates of the tables.
-        lr: peak learning rate of everything trained. None: by the bits of each layer,
-            :data:`LEARNING_RATES`.
+        lr: peak learning rate of everything trained, relative to the root mean square of the
+            tensor. None: by the bits of each layer, :data:`LEARNING_RATES`.
         batch_size: sequences an update.
         sequence_length: tokens a sequence.
         micro_batch_size: sequences that pass through the model together; None: all of an update.

@@ -92,8 +92,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         seed: Chooses the sequences.
         distill_steps: Updates of the tables on KL(original || quantized) after quantization; 0:
             none. 300 take minutes on a GPU, and hours on a CPU for all but the smallest models.
-        distill_lr: Its peak learning rate. Default: 2e-4 for 4 bits and more, 3e-4 for 3, 5e-4
-            for fewer.
+        distill_lr: Its peak learning rate, relative to the size of a layer's table entries.
+            Default: 1e-3 for 4 bits and more, 1.5e-3 for 3, 2.5e-3 for fewer.
         distill_dataset: Its text, as for "dataset" (of the same split and column). Default: the
             calibration data's, as many tokens as the steps need. Some of it is held out.
         distill_batch_size: Sequences an update.

@@ -92,6 +92,6 @@ def test_bad_settings(changes: dict, message: str) -> None:
 def test_learning_rates_by_bits() -> None:
     settings = DistillationSettings()
     assert [settings.learning_rate(bits) for bits in (1, 2, 3, 4, 8)] == [
-        5e-4, 5e-4, 3e-4, 2e-4, 2e-4,
+        2.5e-3, 2.5e-3, 1.5e-3, 1e-3, 1e-3,
     ]  # fmt: skip
     assert DistillationSettings(lr=0.5).learning_rate(3) == 0.5
