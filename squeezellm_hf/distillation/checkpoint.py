@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+# Changes with the meaning of what is in a state: one of another version is not gone on with.
+STATE_VERSION = 1
+
 # A state is written at most so often, in seconds; and it costs at most this part of the time.
 SECONDS_BETWEEN_WRITES = 30.0
 WRITE_SHARE = 0.05

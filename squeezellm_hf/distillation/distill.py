@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from squeezellm_hf.distillation import objective
 from squeezellm_hf.distillation.causal_lm import CausalLM
-from squeezellm_hf.distillation.checkpoint import Checkpoint
+from squeezellm_hf.distillation.checkpoint import STATE_VERSION, Checkpoint
 from squeezellm_hf.distillation.data import Sequences
 from squeezellm_hf.distillation.settings import DistillationSettings
 from squeezellm_hf.distillation.student import Student, training
@@ -128,7 +128,7 @@ def distill_layers(
         ValueError: if nothing is quantized, or the model cannot be cut into two halves.
     """
     _check(model, states, sequences)
-    key = _key(fingerprint(model, sequences.all), settings, mixed_precision)
+    key = _key(STATE_VERSION, fingerprint(model, sequences.all), settings, mixed_precision)
     checkpoint = Checkpoint(None if work_dir is None else work_dir / f"distill-{key}.pt")
     before = _divergence(model, states, sequences, settings)
     student = Student(model, settings)

@@ -122,7 +122,8 @@ class TableLinear(nn.Module):
         ):
             torch.gather(entries, 1, indices.to(torch.int64), out=out)
         if self.cells is not None and self.positions is not None:
-            weight.view(-1).index_copy_(0, self.positions, self._cells().to(dtype))
+            # Not index_copy_: where determinism is asked for, it sorts the positions every time.
+            weight.put_(self.positions, self._cells().to(dtype))
         return weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ _CELLS = 1 << 26
 class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        log_q = student.float().log_softmax(-1)
-        log_p = teacher.float().log_softmax(-1)
+        log_q = student.log_softmax(-1, dtype=torch.float32)
+        log_p = teacher.log_softmax(-1, dtype=torch.float32)
         p = log_p.exp()
         # A word that the original excludes (log p = -inf) contributes nothing.
         terms = torch.where(log_p.isneginf(), 0.0, p * (log_p - log_q))

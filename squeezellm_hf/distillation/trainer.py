@@ -103,6 +103,7 @@ class Trainer:
         self._resume()
         with _deterministic(self.model.device):
             self._train(progress)
+        self._graphs.clear()
         self._save()
         self.student.load(self.progress.best)
         return self.progress
@@ -170,7 +171,7 @@ class Trainer:
 
     def _capture(self) -> dict[int, GraphedBackward]:
         """A graph for every number of sequences that pass through the model together."""
-        if self.model.device.type != "cuda":
+        if self.model.device.type != "cuda" or self.progress.step == self.settings.steps:
             return {}
         parts = torch.arange(self._batch).split(self.settings.micro_batch)
         length = self.sequences.train.shape[1]
