@@ -15,6 +15,7 @@ table entry. It follows the gradient with respect to W, and index[o, i] is the e
 S[o, i] (the straight-through estimator of Y. Bengio et al., arXiv 1308.3432).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class TableLinear(nn.Module):
         train_values: whether the cells of the sparse part are trained.
         train_indices: whether the indices are trained; takes another 16 bytes a weight.
 
-    Parameters and buffers (the first three divided by ``scale``, a number):
+    Parameters and buffers (the first two divided by ``scale``, the third by ``cell_scale``):
         table: fp32 [out_features, 2**bits].
         shadow: fp32 [out_features, in_features], the weights that the indices follow, or None.
         cells: fp32 [nnz], the weights of the sparse part, or None.
@@ -61,6 +62,8 @@ class TableLinear(nn.Module):
         self.table_dtype = layer.lookup_table.dtype
         table = layer.lookup_table.detach().float()
         self.scale = float(table.square().mean().sqrt()) or 1.0
+        # A power of two for the cells, which must come back to the last bit.
+        self.cell_scale = 2.0 ** round(math.log2(self.scale))
         self.table = nn.Parameter(table / self.scale)
         self.cells: nn.Parameter | None = None
         self.indices: Tensor
@@ -74,7 +77,7 @@ class TableLinear(nn.Module):
             columns = csr.decode_columns(layer.col_indices)  # type: ignore[arg-type]
             self.positions = rows * layer.in_features + columns
             entries = table[rows, self.indices[rows, columns].to(torch.int64)]
-            cells = (entries + layer.values.float()) / self.scale
+            cells = (entries + layer.values.float()) / self.cell_scale
             self.cells = nn.Parameter(cells, requires_grad=train_values)
         self.bias = layer.bias
         self.shadow: nn.Parameter | None = None
@@ -105,7 +108,7 @@ class TableLinear(nn.Module):
 
     def _cells(self) -> Tensor:
         assert self.cells is not None
-        return self.cells.detach() * self.scale
+        return self.cells.detach() * self.cell_scale
 
     @property
     def _piece(self) -> int:
@@ -192,7 +195,7 @@ class _TableProduct(torch.autograd.Function):
             if layer.positions is not None:
                 flat = grad_weight.view(-1)
                 if needs_cells:
-                    grad_cells = flat.index_select(0, layer.positions).float() * layer.scale
+                    grad_cells = flat.index_select(0, layer.positions).float() * layer.cell_scale
                 # These cells do not depend on the table.
                 flat.index_fill_(0, layer.positions, 0)
             if needs_table:
