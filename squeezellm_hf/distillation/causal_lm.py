@@ -33,6 +33,11 @@ class CausalLM:
     def __init__(self, model: Any, *, mixed_precision: bool = False) -> None:
         self.model = model
         self.mixed_precision = mixed_precision
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} cannot be distilled: it has an encoder and a decoder, and "
+                "plain text has only one side"
+            )
         head = model.get_output_embeddings()
         if head is None or isinstance(head, SqueezeLLMLinear):
             raise ValueError(

@@ -11,6 +11,8 @@ from transformers import (
     GraniteConfig,
     OPTConfig,
     Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from squeezellm_hf.distillation.causal_lm import CausalLM
@@ -80,6 +82,12 @@ def test_a_quantized_head_is_an_error() -> None:
     model.lm_head = SqueezeLLMLinear(64, 128, 4)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be distilled: its output head"):
         CausalLM(model)
+
+
+def test_an_encoder_decoder_model_is_an_error() -> None:
+    config = T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot be distilled"):
+        CausalLM(T5ForConditionalGeneration(config))
 
 
 def test_logits_of_something_else_are_an_error() -> None:
