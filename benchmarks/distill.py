@@ -5,8 +5,8 @@
         --device cuda --json distill.json
 
 A case is ``bits=B,steps=N`` and, wanted or not, ``dense``, ``norms``, ``values``, ``indices``,
-``lr=X``, ``batch=N``. The first command tokenizes: the second then needs no network and no
-tokenizer.
+``lr=X``, ``batch=N``; any other ``name=value`` is a field of ``SqueezeLLMConfig``. The first
+command tokenizes: the second then needs no network and no tokenizer.
 
 Calibration: 128 x 512 tokens of 450 texts; distillation: all of these texts; perplexity: 24 x 512
 tokens of the 50 others, and of Python's help texts.
@@ -14,10 +14,11 @@ tokens of the 50 others, and of Python's help texts.
 
 import argparse
 import copy
+import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ from squeezellm_hf.ops import native
 LENGTH = 512
 N_CALIBRATION = 128
 N_TEST = 24
+# Names in a case, and the settings that they stand for.
+DISTILLATION = {
+    "steps": "steps",
+    "lr": "lr",
+    "batch": "batch_size",
+    "norms": "train_norms",
+    "values": "train_values",
+    "indices": "train_indices",
+}
 COLUMNS = (
     Column("model", "model"),
     Column("bits_per_weight", "bits/weight", decimals(2)),
@@ -70,9 +80,16 @@ def write_data(path: Path, model: str) -> None:
 
 
 def parse(case: str) -> dict[str, Any]:
-    """ "bits=3,steps=300,dense" -> {"bits": "3", "steps": "300", "dense": True}"""
+    """ "bits=3,solver=exact,dense" -> {"bits": 3, "solver": "exact", "dense": True}"""
+
+    def read(value: str) -> Any:
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+
     items = (item.partition("=") for item in case.split(","))
-    return {key: value if equals else True for key, equals, value in items}
+    return {key: read(value) if equals else True for key, equals, value in items}
 
 
 def main() -> None:
@@ -118,38 +135,33 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(options.device)
 
     original = load()
-    quantized: dict[tuple[str, bool], Any] = {}
+    quantized: dict[str, Any] = {}
     for case in options.cases:
         given = parse(case)
-        key = (given["bits"], "dense" in given)
-        if key not in quantized:
+        wanted = {name: given.pop(name) for name in DISTILLATION if name in given}
+        label = ",".join(f"{name}={value}" for name, value in given.items())
+        if label not in quantized:
+            sparse = DENSE if given.pop("dense", False) else SPARSE
             config = SqueezeLLMConfig(
-                bits=int(given["bits"]),
                 dataset=data["calibration"],
                 n_samples=len(data["calibration"]),
                 sequence_length=data["calibration"].shape[1],
                 work_dir=str(work_dir),
-                **(DENSE if "dense" in given else SPARSE),
+                **{**sparse, **given},
             )
             start = time.monotonic()
-            quantized[key] = quantize_model(load(), None, config)
+            quantized[label] = quantize_model(load(), None, config)
             seconds = time.monotonic() - start
-            label = f"bits={given['bits']}{',dense' if 'dense' in given else ''}"
-            row = _evaluated(label, quantized[key], original, data, options)
+            row = _evaluated(label, quantized[label], original, data, options)
             yield row | {"seconds": seconds}
-        model = copy.deepcopy(quantized[key])
+        if "steps" not in wanted:
+            continue
+        model = copy.deepcopy(quantized[label])
         settings = DistillationSettings(
-            steps=int(given["steps"]),
             sequence_length=options.sequence_length,
             micro_batch_size=options.micro_batch,
-            train_norms="norms" in given,
-            train_values="values" in given,
-            train_indices="indices" in given,
+            **{DISTILLATION[name]: value for name, value in wanted.items()},
         )
-        if "lr" in given:
-            settings = replace(settings, lr=float(given["lr"]))
-        if "batch" in given:
-            settings = replace(settings, batch_size=int(given["batch"]))
         accelerator = torch.device(options.device).type != "cpu"
         if accelerator:
             torch.accelerator.reset_peak_memory_stats()
