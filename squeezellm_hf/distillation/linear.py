@@ -25,9 +25,9 @@ from squeezellm_hf.formats import csr, packing
 from squeezellm_hf.methods.squeezellm.codebook import nearest_entry
 from squeezellm_hf.methods.squeezellm.sparse import exact_residuals
 from squeezellm_hf.nn import SqueezeLLMLinear
-from squeezellm_hf.ops.table_gradient import table_gradient
+from squeezellm_hf.ops.tables import look_up, table_gradient
 
-# Rows are looked up for so many cells at a time: bounds the memory of the 64-bit indices.
+# Cells whose indices are chosen or renamed together: bounds the memory of 64-bit indices.
 _CELLS = 1 << 24
 _CPU_CELLS = 1 << 20
 
@@ -112,18 +112,12 @@ class TableLinear(nn.Module):
 
     @property
     def _piece(self) -> int:
-        """Cells that are looked up together."""
+        """Cells that are worked on together."""
         return _CPU_CELLS if self.table.device.type == "cpu" else _CELLS
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it would be stored, [out_features, in_features], without gradient."""
-        table = self.entries().to(dtype)
-        rows = max(1, self._piece // self.in_features)
-        weight = torch.empty(self.indices.shape, dtype=dtype, device=table.device)
-        for out, entries, indices in zip(
-            weight.split(rows), table.split(rows), self.indices.split(rows), strict=True
-        ):
-            torch.gather(entries, 1, indices.to(torch.int64), out=out)
+        weight = look_up(self.entries().to(dtype), self.indices)
         if self.cells is not None and self.positions is not None:
             # Not index_copy_: where determinism is asked for, it sorts the positions every time.
             weight.put_(self.positions, self._cells().to(dtype))

@@ -10,7 +10,8 @@ from torch import Tensor
 from squeezellm_hf import SqueezeLLMConfig, quantize_model
 from squeezellm_hf.distillation import checkpoint
 from squeezellm_hf.distillation.trainer import Trainer
-from squeezellm_hf.ops.table_gradient import table_gradient
+from squeezellm_hf.ops import tables
+from squeezellm_hf.ops.tables import look_up, table_gradient
 from tests.conftest import VOCABULARY, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -97,14 +98,25 @@ def test_resumption_ends_in_the_same_bits(
     assert_identical(tensors(resumed), tensors(distilled(**changes)))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_table_gradient_is_that_of_a_cpu(bits: int) -> None:
-    indices = torch.randint(0, 2**bits, (300, 500), dtype=torch.uint8)
-    grad = torch.randn(300, 500).bfloat16()
-    expected = table_gradient(grad, indices, 2**bits)
-    actual = table_gradient(grad.cuda(), indices.cuda(), 2**bits)
-    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
-    assert table_gradient(grad.cuda(), indices.cuda(), 2**bits).equal(actual)
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_tables_are_those_of_a_cpu(
+    bits: int, triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not triton:
+        monkeypatch.setattr(tables, "_triton", lambda: None)
+    elif tables._triton() is None:
+        pytest.skip("no Triton")
+    for columns in (500, 2049):
+        indices = torch.randint(0, 2**bits, (300, columns), dtype=torch.uint8)
+        grad = torch.randn(300, columns).bfloat16()
+        expected = table_gradient(grad, indices, 2**bits)
+        actual = table_gradient(grad.cuda(), indices.cuda(), 2**bits)
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
+        assert table_gradient(grad.cuda(), indices.cuda(), 2**bits).equal(actual)
+        table = torch.randn(300, 2**bits).bfloat16()
+        weight = look_up(table.cuda(), indices.cuda())
+        assert weight.cpu().equal(look_up(table, indices))
 
 
 def test_an_fp32_model() -> None:

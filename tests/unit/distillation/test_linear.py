@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squeezellm_hf.distillation import linear as module
 from squeezellm_hf.distillation.linear import TableLinear
 from squeezellm_hf.formats import csr, packing
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters, quantize_weight
 from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.ops import tables
 
 IN, OUT = 37, 11
 
@@ -45,7 +45,7 @@ def sparse_cells(quantized: SqueezeLLMLinear) -> Tensor:
 def test_starts_as_the_quantized_layer(
     bits: int, sparse: float, cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CPU_CELLS", cells)
+    monkeypatch.setattr(tables, "_CPU_CELLS", cells)
     quantized = layer(bits, sparse)
     trained = TableLinear(quantized)
     assert trained.weight(torch.float32).equal(quantized.dequantize(torch.float32))
