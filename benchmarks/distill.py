@@ -48,6 +48,7 @@ DISTILLATION = {
     "norms": "train_norms",
     "values": "train_values",
     "indices": "train_indices",
+    "index_lr": "index_lr",
 }
 COLUMNS = (
     Column("model", "model"),

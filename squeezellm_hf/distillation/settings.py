@@ -6,6 +6,7 @@ from dataclasses import dataclass
 # Peak learning rate by bits, relative to the root mean square of a layer's table; wider indices as
 # 4, narrower as 2.
 LEARNING_RATES = {2: 2.5e-3, 3: 1.5e-3, 4: 1e-3}
+INDEX_RATE = 4.0
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,11 @@ class DistillationSettings:
             Fewer need less memory; the result differs by rounding alone.
         train_norms: train the weights (and biases) of the norms, too.
         train_values: train the weights of the sparse part, too.
-        train_indices: train the indices, too: 20 bytes more a weight, in memory and, half of them,
-            in a kept state.
+        train_indices: train the indices, too: 16 bytes more a weight in memory, and in a kept
+            state.
+        index_lr: peak learning rate of the weights behind trained indices, relative to the root
+            mean square of the table. None: four times ``lr``, for they start in the middle of
+            their cells and have half a cell to go before anything changes.
         held_out: sequences that are not trained on and decide what is kept; at most an eighth of
             the data.
         evaluations: how often the held-out divergence is measured, spread over the steps.
@@ -42,6 +46,7 @@ class DistillationSettings:
     train_norms: bool = False
     train_values: bool = False
     train_indices: bool = False
+    index_lr: float | None = None
     held_out: int = 16
     evaluations: int = 12
     patience: int = 4
@@ -58,10 +63,11 @@ class DistillationSettings:
         for name in ("train_norms", "train_values", "train_indices"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        lr = self.lr
-        number = isinstance(lr, int | float) and not isinstance(lr, bool)
-        if lr is not None and not (number and math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr must be a positive number or None, got {lr!r}")
+        for name in ("lr", "index_lr"):
+            lr = getattr(self, name)
+            number = isinstance(lr, int | float) and not isinstance(lr, bool)
+            if lr is not None and not (number and math.isfinite(lr) and lr > 0):
+                raise ValueError(f"{name} must be a positive number or None, got {lr!r}")
 
     @property
     def micro_batch(self) -> int:
@@ -76,6 +82,10 @@ class DistillationSettings:
     def learning_rate(self, bits: int) -> float:
         """Peak learning rate of tables of ``2**bits`` entries."""
         return self.lr or LEARNING_RATES[min(max(bits, 2), 4)]
+
+    def index_learning_rate(self, bits: int) -> float:
+        """Peak learning rate of the weights behind the indices into such tables."""
+        return self.index_lr or INDEX_RATE * self.learning_rate(bits)
 
 
 def _check_integer(name: str, value: object, low: int = 1) -> None:

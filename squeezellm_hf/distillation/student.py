@@ -44,8 +44,10 @@ class Student:
         by_rate: dict[float, list[nn.Parameter]] = {}
         for layer in self.layers.values():
             group = by_rate.setdefault(settings.learning_rate(layer.bits), [])
-            trained = (layer.table, layer.cells, layer.shadow)
-            group.extend(p for p in trained if p is not None and p.requires_grad)
+            group.extend(p for p in (layer.table, layer.cells) if p is not None and p.requires_grad)
+            if layer.shadow is not None:
+                rate = settings.index_learning_rate(layer.bits)
+                by_rate.setdefault(rate, []).append(layer.shadow)
         rate = settings.learning_rate(max(layer.bits for layer in self.layers.values()))
         norms = [p for norm in self.norms.values() for p in norm.parameters()]
         if norms:

@@ -102,7 +102,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         distill_sequence_length: Tokens a sequence.
         distill_norms: Train the weights of the norms, too.
         distill_values: Train the weights of the sparse part, too.
-        distill_indices: Train the indices, too: 20 bytes more a weight while it lasts.
+        distill_indices: Train the indices, too: 16 bytes more a weight while it lasts.
         tokenizer: Tokenizer, or the name of one. Default: the one that lies with the model.
         work_dir: Directory that keeps finished work, so that a killed run goes on where it was.
             Needs 4 bytes a weight there. (Distillation writes 2 * hidden_size bytes a token there,
