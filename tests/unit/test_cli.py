@@ -340,13 +340,16 @@ def test_models_with_different_tokens_are_not_compared(
     assert "another tokenizer" in capsys.readouterr().err
 
 
-def test_distillation(original: Path, text: Path, tmp_path: Path) -> None:
+def test_distillation(
+    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [
         *("quantize", str(original), str(tmp_path / "out"), "--bits", "2"),
         *("--dataset", "none", "--distill-dataset", str(text), "--distill-steps", "3"),
         *("--distill-batch-size", "2", "--distill-sequence-length", "16", "--distill-norms"),
     ]
     assert main(command) == 0
+    assert "Distilled: KL to the original on held-out text" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert record["distill_steps"] == 3
     assert record["distill_norms"] is True
