@@ -14,8 +14,10 @@ from torch import Tensor
 
 from squeezellm_hf.distillation.causal_lm import CausalLM
 
-# Logits of so many cells at a time: 268 MB in fp32, of which about five copies are alive.
+# Logits of so many cells at a time: 268 MB in fp32, of which about five copies are alive. On a CPU
+# few enough that they stay in its cache and the allocator keeps their pages: four times faster.
 _CELLS = 1 << 26
+_CPU_CELLS = 1 << 22
 
 
 class _KL(torch.autograd.Function):
@@ -54,7 +56,8 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _pieces(model: CausalLM, *states: Tensor) -> Any:
-    tokens = max(1, _CELLS // model.vocab_size)
+    cells = _CPU_CELLS if model.device.type == "cpu" else _CELLS
+    tokens = max(1, cells // model.vocab_size)
     return zip(*(state.flatten(0, 1).split(tokens) for state in states), strict=True)
 
 

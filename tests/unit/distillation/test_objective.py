@@ -64,7 +64,7 @@ def test_other_vocabulary_is_an_error() -> None:
 @pytest.mark.parametrize("cells", [1, 128 * 7, 1 << 26])
 def test_pieces_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
     """The gradient of the embeddings, through the whole model, in one piece and in many."""
-    monkeypatch.setattr(objective, "_CELLS", cells)
+    monkeypatch.setattr(objective, "_CPU_CELLS", cells)
     ids = torch.arange(40).view(2, 20)
     teacher = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(5))
     lm = CausalLM(tiny_llama())
