@@ -17,9 +17,11 @@ from typing import Any
 from squeezellm_hf.integration import autoload
 
 _HOMES = {
+    "DistillationSettings": "squeezellm_hf.distillation.settings",
     "SqueezeLLMConfig": "squeezellm_hf.integration.config",
     "SqueezeLLMHfQuantizer": "squeezellm_hf.integration.quantizer",
     "SqueezeLLMLinear": "squeezellm_hf.nn",
+    "distill": "squeezellm_hf.integration.distill",
     "lut_dequantize": "squeezellm_hf.ops",
     "lut_linear": "squeezellm_hf.ops",
     "quantize_model": "squeezellm_hf.integration.in_memory",

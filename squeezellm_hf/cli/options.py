@@ -14,6 +14,7 @@ _ON_LOADING_ONLY = ("dequantize",)
 # Types of what a command line can say of a field that takes objects, too.
 _AS_TEXT: dict[str, Any] = {
     "dataset": str | None,
+    "distill_dataset": str | None,
     "tokenizer": str | None,
     "overrides": Annotated[str | None, tyro.conf.arg(metavar="JSON")],
 }

@@ -22,6 +22,7 @@ DESCRIPTION = """Quantize a model and save it as an ordinary checkpoint.
   squeezellm quantize MODEL OUT --bits 3 --dataset wikitext2 --device-map cuda
   squeezellm quantize MODEL OUT --dataset texts.jsonl --text-column body --n-samples 32
   squeezellm quantize MODEL OUT --overrides '{"re:.*down_proj": {"bits": 4}}' --bits 3
+  squeezellm quantize MODEL OUT --bits 3 --distill-steps 300 --dataset c4 --device-map cuda
   squeezellm quantize MODEL OUT --resume --push-to-hub you/model-4bit
 
 What it costs. Time: a forward and a backward pass of each calibration
@@ -100,6 +101,13 @@ class Command:
             f"({100 * size.sparse_fraction:.2f} % of them sparse), the whole model "
             f"{size.n_bytes / 1e6:,.1f} MB, in {seconds:.0f} s"
         )
+        distilled = model.config.quantization_config.distilled
+        if distilled is not None:
+            out.print(
+                f"Distilled: KL to the original on held-out text "
+                f"{distilled['divergence_before']:.4f} -> {distilled['divergence_after']:.4f} "
+                f"nats a token, after {distilled['steps']:.0f} steps"
+            )
         out.print(f"Saved to {self.out}")
         if self.push_to_hub is not None:
             out.print(f"Pushed to https://huggingface.co/{self.push_to_hub}")

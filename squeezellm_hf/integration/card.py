@@ -28,6 +28,7 @@ outliers and most sensitive weights are kept at 16 bits in a sparse matrix.
 | Quantized | {weights:,} weights in {layers} linear layers |
 | Size of all tensors | {megabytes:,.0f} MB |
 | Calibration data | {data} |
+| Distilled | {distilled} |
 | Made with | {versions} |
 
 ## Use
@@ -77,6 +78,7 @@ def model_card(model: Any, repository: str) -> ModelCard:
         layers=len(layers),
         megabytes=model.get_memory_footprint() / 1e6,
         data=_calibration(config),
+        distilled=_distillation(config),
         versions=", ".join(f"{name} {v}" for name, v in (config.versions or {}).items()),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
@@ -89,6 +91,16 @@ def _calibration(config: SqueezeLLMConfig) -> str:
     return (
         f"{described}, {config.n_samples} sequences of {config.sequence_length} tokens, "
         f"seed {config.seed}"
+    )
+
+
+def _distillation(config: SqueezeLLMConfig) -> str:
+    record = config.distilled
+    if not record:
+        return "no"
+    return (
+        f"{record['steps']:.0f} steps on the tables, KL to the original on held-out text "
+        f"{record['divergence_before']:.4f} -> {record['divergence_after']:.4f} nats a token"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from squeezellm_hf.calibration import datasets
+from squeezellm_hf.distillation.settings import DistillationSettings
 from squeezellm_hf.integration import autoload
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
 from squeezellm_hf.pipeline import plan
@@ -89,9 +90,23 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         n_samples: Number of calibration sequences (100 in the paper; 10 suffice in its ablation).
         sequence_length: Tokens per sequence (512 in the paper).
         seed: Chooses the sequences.
+        distill_steps: Updates of the tables on KL(original || quantized) after quantization; 0:
+            none. 300 take minutes on a GPU, and hours on a CPU for all but the smallest models.
+        distill_lr: Its peak learning rate, relative to the size of a layer's table entries.
+            Default: 1e-3 for 4 bits and more, 1.5e-3 for 3, 2.5e-3 for fewer.
+        distill_dataset: Its text, as for "dataset" (of the same split and column). Default: the
+            calibration data's, as many tokens as the steps need. Some of it is held out.
+        distill_batch_size: Sequences an update.
+        distill_micro_batch_size: Sequences that pass through the model together; fewer need less
+            memory. Default: all of an update.
+        distill_sequence_length: Tokens a sequence.
+        distill_norms: Train the weights of the norms, too.
+        distill_values: Train the weights of the sparse part, too.
+        distill_indices: Train the indices, too: 16 bytes more a weight while it lasts.
         tokenizer: Tokenizer, or the name of one. Default: the one that lies with the model.
         work_dir: Directory that keeps finished work, so that a killed run goes on where it was.
-            Needs 4 bytes a weight there.
+            Needs 4 bytes a weight there. (Distillation writes 2 * hidden_size bytes a token there,
+            or into a temporary directory.)
         dequantize: On loading a quantized checkpoint: give back a plain model instead.
     """
 
@@ -108,12 +123,22 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     n_samples: int = 100
     sequence_length: int = 512
     seed: int = 0
+    distill_steps: int = 0
+    distill_lr: float | None = None
+    distill_dataset: Any = None
+    distill_batch_size: int = 8
+    distill_micro_batch_size: int | None = None
+    distill_sequence_length: int = 512
+    distill_norms: bool = False
+    distill_values: bool = False
+    distill_indices: bool = False
     tokenizer: Any = None
     work_dir: str | None = None
     dequantize: bool = False
     schema_version: int = field(default=SCHEMA_VERSION, init=False)
     modules: dict[str, dict[str, Any]] | None = field(default=None, init=False)
     versions: dict[str, str] | None = field(default=None, init=False)
+    distilled: dict[str, float] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Transformers reads __dict__, where a default that no argument can change is not.
@@ -133,6 +158,27 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         )
 
     @property
+    def distillation(self) -> DistillationSettings | None:
+        """The settings of codebook distillation, or None without it."""
+        _check_integer("distill_steps", self.distill_steps, low=0)
+        try:
+            settings = DistillationSettings(
+                steps=self.distill_steps or 1,
+                lr=self.distill_lr,
+                batch_size=self.distill_batch_size,
+                micro_batch_size=self.distill_micro_batch_size,
+                sequence_length=self.distill_sequence_length,
+                train_norms=self.distill_norms,
+                train_values=self.distill_values,
+                train_indices=self.distill_indices,
+                seed=self.seed,
+            )
+        except ValueError as error:
+            # "train_norms must be ..." -> "distill_norms must be ..."
+            raise ValueError(f"distill_{str(error).removeprefix('train_')}") from error
+        return settings if self.distill_steps else None
+
+    @property
     def records(self) -> dict[str, ModuleRecord]:
         """The quantized modules of a checkpoint by name; empty before quantization."""
         return {name: ModuleRecord.from_dict(name, r) for name, r in (self.modules or {}).items()}
@@ -146,11 +192,16 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         data = (str, os.PathLike, list, tuple, torch.Tensor)
-        if self.dataset is not None and not isinstance(self.dataset, data):
-            raise ValueError(
-                "dataset must be a name, a path, a list of strings, token ids or None, "
-                f"got {self.dataset!r}"
-            )
+        for name in ("dataset", "distill_dataset"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, data):
+                raise ValueError(
+                    f"{name} must be a name, a path, a list of strings, token ids or None, "
+                    f"got {value!r}"
+                )
+        no_text = self.dataset is None and self.distill_dataset is None
+        if self.distillation is not None and self.modules is None and no_text:
+            raise ValueError("distill_steps needs text: distill_dataset and dataset are both None")
         if not isinstance(self.dequantize, bool):
             raise ValueError(f"dequantize must be true or false, got {self.dequantize!r}")
         for name, optional in (("dataset_split", False), ("text_column", True)):
@@ -174,6 +225,17 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             isinstance(versions, Mapping) and all(isinstance(v, str) for v in versions.values())
         ):
             raise ValueError(f"versions must be an object of strings, got {versions!r}")
+        distilled = self.distilled
+        keys = {"steps", "divergence_before", "divergence_after"}
+        if distilled is not None and not (
+            isinstance(distilled, Mapping)
+            and set(distilled) == keys
+            and all(isinstance(v, int | float) for v in distilled.values())
+        ):
+            raise ValueError(
+                f"distilled must be an object of numbers ({', '.join(sorted(keys))}), "
+                f"got {distilled!r}"
+            )
 
     @classmethod
     def from_dict(
@@ -216,7 +278,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: no objects, no paths, no texts."""
         values = {k: v for k, v in self.__dict__.items() if k not in RUN_FIELDS}
-        values["dataset"] = datasets.describe(values["dataset"])
+        for name in ("dataset", "distill_dataset"):
+            values[name] = datasets.describe(values[name])
         return copy.deepcopy(values)
 
     def get_loading_attributes(self) -> dict[str, Any]:

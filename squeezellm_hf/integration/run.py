@@ -6,11 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
 from squeezellm_hf.calibration import datasets
+from squeezellm_hf.distillation.data import Sequences
+from squeezellm_hf.distillation.distill import (
+    distill_layers,
+    teacher_states,
+    uses_mixed_precision,
+    work_directory,
+)
 from squeezellm_hf.integration.config import SqueezeLLMConfig
+from squeezellm_hf.integration.distill import record, texts
+from squeezellm_hf.integration.tokenizer import tokenizer_for
+from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
 
 RECORDED_VERSIONS = ("squeezellm-hf", "torch", "transformers")
@@ -24,17 +33,20 @@ class Run:
         config: gets the record of the result.
         plan: parameters by module name.
         sequences: token ids, int64 [n_samples, sequence_length], or None without calibration.
+        texts: what to distill on, or None without distillation.
     """
 
     config: SqueezeLLMConfig
     plan: Plan
     sequences: Tensor | None
+    texts: Sequences | None
 
     def quantize(self, model: Any, progress: bool = True) -> None:
         """Quantize ``model`` in place and record in ``config`` what a reload needs."""
-        layers = quantize_modules(
-            model, self.plan, self.sequences, work_dir=self.config.work_dir, progress=progress
-        )
+        if self.texts is None:
+            layers = self._quantize(model, progress)
+        else:
+            layers = self._quantize_and_distill(model, self.texts, progress)
         self.config.modules = {
             name: {
                 "bits": layer.bits,
@@ -48,6 +60,36 @@ class Run:
             for package in RECORDED_VERSIONS
             if _is_installed(package)
         }
+
+    def _quantize(self, model: Any, progress: bool) -> dict[str, SqueezeLLMLinear]:
+        work_dir = self.config.work_dir
+        return quantize_modules(
+            model, self.plan, self.sequences, work_dir=work_dir, progress=progress
+        )
+
+    def _quantize_and_distill(
+        self, model: Any, texts: Sequences, progress: bool
+    ) -> dict[str, SqueezeLLMLinear]:
+        settings = self.config.distillation
+        assert settings is not None
+        mixed = uses_mixed_precision(model)
+        with work_directory(self.config.work_dir) as directory:
+            # The original is in memory for the last time.
+            states = teacher_states(
+                model, texts, settings, directory, mixed_precision=mixed, progress=progress
+            )
+            layers = self._quantize(model, progress)
+            result = distill_layers(
+                model,
+                states,
+                texts,
+                settings,
+                mixed_precision=mixed,
+                work_dir=directory,
+                progress=progress,
+            )
+        record(self.config, result)
+        return layers
 
 
 def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
@@ -63,16 +105,15 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         add_default_skips=True,
     )
     plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
-    return Run(config, plan, _sequences(model, config, tokenizer))
+    tokenizer = tokenizer if tokenizer is not None else config.tokenizer
+    sequences = _sequences(model, config, tokenizer)
+    return Run(config, plan, sequences, texts(model, config, tokenizer))
 
 
 def _sequences(model: Any, config: SqueezeLLMConfig, tokenizer: Any) -> Tensor | None:
     if config.dataset is None:
         return None
-    tokenizer = tokenizer if tokenizer is not None else config.tokenizer
-    text = not datasets.is_token_ids(config.dataset)
-    if text and (tokenizer is None or isinstance(tokenizer, str)):
-        tokenizer = _load_tokenizer(tokenizer or model.config.name_or_path)
+    tokenizer = tokenizer_for(config.dataset, tokenizer, model)
     sequences = datasets.token_batches(
         config.dataset,
         tokenizer,
@@ -84,17 +125,6 @@ def _sequences(model: Any, config: SqueezeLLMConfig, tokenizer: Any) -> Tensor |
         vocab_size=model.get_input_embeddings().num_embeddings,
     )
     return torch.as_tensor(sequences)
-
-
-def _load_tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise ValueError(
-            f"calibration on text needs a tokenizer, and none could be loaded from {name!r} "
-            f"({error}); pass SqueezeLLMConfig(tokenizer=...), or dataset= as token ids, or "
-            "dataset=None to quantize without calibration"
-        ) from error
 
 
 def _is_installed(package: str) -> bool:

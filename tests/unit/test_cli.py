@@ -338,3 +338,21 @@ def test_models_with_different_tokens_are_not_compared(
     command = ["eval", str(original), str(other), "--dataset", str(text)]
     assert main([*command, "--max-tokens", "160", *WINDOWS]) == 1
     assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_distillation(
+    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        *("quantize", str(original), str(tmp_path / "out"), "--bits", "2"),
+        *("--dataset", "none", "--distill-dataset", str(text), "--distill-steps", "3"),
+        *("--distill-batch-size", "2", "--distill-sequence-length", "16", "--distill-norms"),
+    ]
+    assert main(command) == 0
+    assert "Distilled: KL to the original on held-out text" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert record["distill_steps"] == 3
+    assert record["distill_norms"] is True
+    assert record["distill_dataset"].startswith("text.txt sha256:")
+    assert record["distilled"]["divergence_after"] <= record["distilled"]["divergence_before"]
+    assert len(layers(tmp_path / "out")) == 14

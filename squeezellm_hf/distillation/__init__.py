@@ -1,0 +1,1 @@
+"""Codebook distillation: the tables of a quantized model, trained to predict as the original."""
