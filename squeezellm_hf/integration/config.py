@@ -75,6 +75,14 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         sensitive_fraction: Part that is kept at 16 bits for its sensitivity (0.05 % in the
             paper). Both 0: dense only.
         solver: "lloyd", or "exact" for the optimal table of every row (slower).
+        codebook: "kmeans", the paper's sensitivity-weighted k-means; "lnq", which from there
+            searches tables and indices for the least change of each layer's outputs; "guided", the
+            same with outputs weighted by squared gradients of the loss (GuidedQuant, ICML 2025):
+            the most accurate, and with "lnq" several times slower.
+        guided_groups: Groups of output channels of a layer that get a Hessian of their own, each
+            4 x in_features^2 bytes, for codebook "guided" (1 to 4 there).
+        lnq_rounds: How often tables and indices alternate, for codebooks "lnq" and "guided".
+        lnq_sweeps: Sweeps over the columns in each round, for codebooks "lnq" and "guided".
         modules_to_not_convert: More modules that stay as they are, beside the output head. A
             pattern names whole components of a module's dotted name ("mlp", "layers.0"), or is a
             regular expression after "re:", matched from the beginning of the name.
@@ -91,7 +99,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         seed: Chooses the sequences.
         tokenizer: Tokenizer, or the name of one. Default: the one that lies with the model.
         work_dir: Directory that keeps finished work, so that a killed run goes on where it was.
-            Needs 4 bytes a weight there.
+            Needs 4 bytes a weight there, and while codebook "lnq" or "guided" is at work the
+            size of the Hessians.
         dequantize: On loading a quantized checkpoint: give back a plain model instead.
     """
 
@@ -100,6 +109,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     outlier_fraction: float = 0.004
     sensitive_fraction: float = 0.0005
     solver: str = "lloyd"
+    codebook: str = "kmeans"
+    guided_groups: int = 4
+    lnq_rounds: int = 2
+    lnq_sweeps: int = 4
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, dict[str, Any]] | None = None
     dataset: Any = "builtin"
@@ -130,6 +143,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             outlier_fraction=self.outlier_fraction,
             sensitive_fraction=self.sensitive_fraction,
             solver=self.solver,  # type: ignore[arg-type]
+            codebook=self.codebook,  # type: ignore[arg-type]
+            guided_groups=self.guided_groups,
+            lnq_rounds=self.lnq_rounds,
+            lnq_sweeps=self.lnq_sweeps,
         )
 
     @property

@@ -1,0 +1,145 @@
+"""LNQ: layer-wise non-uniform quantization by alternating tables and assignment.
+
+From GuidedQuant (ICML 2025). Per output row, with H the Hessian of the row's group
+(:mod:`squeezellm_hf.calibration.hessian`) and cells of the sparse part without error:
+
+    minimise  (w' - w) H (w' - w)^T   over the table and the index of every cell
+
+Rounds of a least-squares table and a few sweeps of coordinate descent, from any start. No step
+raises the objective, and of start and rounds the best is kept, row by row.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from squeezellm_hf.methods.squeezellm.assignment import coordinate_descent, midpoints
+from squeezellm_hf.methods.squeezellm.chunks import in_threads
+from squeezellm_hf.methods.squeezellm.least_squares import refit
+
+# Added to the diagonal of H, relative to its mean: inputs that are always zero, and fewer tokens
+# than inputs, leave H singular.
+DAMPING = 1e-4
+# Cells solved side by side. On a CPU the matrices of a block then stay near the caches; elsewhere
+# a column of all rows is one launch, and few launches matter more.
+_CPU_CELLS = 1 << 22
+_DEVICE_CELLS = 1 << 28
+
+
+class RowGroup(NamedTuple):
+    """R rows with one Hessian. Table and indices are the start, and overwritten by the result.
+
+    Attributes:
+        hessian: fp32 [n, n], symmetric, positive semidefinite.
+        weight: [R, n].
+        removed: bool [R, n], cells of the sparse part.
+        table: fp16 or bf16 [R, k], ascending.
+        indices: uint8 [R, n]; those of removed cells mean nothing.
+    """
+
+    hessian: Tensor
+    weight: Tensor
+    removed: Tensor
+    table: Tensor
+    indices: Tensor
+
+
+@torch.no_grad()
+def refine(groups: Sequence[RowGroup], rounds: int, sweeps: int) -> None:
+    """Lower the objective of every row, in place; groups of one shape are solved side by side.
+
+    A group whose Hessian is zero (no token reached the layer) stays as it is.
+
+    Args:
+        groups: any shapes, dtypes and devices.
+        rounds: how often tables and assignment alternate.
+        sweeps: sweeps of coordinate descent in a round.
+    """
+    batches = list(_batches([g for g in groups if bool(g.hessian.diagonal().sum() > 0)]))
+    on_cpu = all(group.hessian.device.type == "cpu" for group in groups)
+
+    @torch.no_grad()  # holds for one thread
+    def solve(batch: list[RowGroup]) -> None:
+        _solve(batch, rounds, sweeps)
+
+    in_threads(solve, batches, on_cpu=on_cpu)
+
+
+def _batches(groups: Iterable[RowGroup]) -> Iterable[list[RowGroup]]:
+    """Groups of one shape together, up to a number of cells; larger ones are cut."""
+    by_shape: dict[tuple[object, ...], list[RowGroup]] = {}
+    for group in groups:
+        columns, device = group.weight.shape[1], group.weight.device
+        most = max(1, (_CPU_CELLS if device.type == "cpu" else _DEVICE_CELLS) // columns)
+        for start in range(0, group.weight.shape[0], most):
+            part = slice(start, start + most)
+            cut = group._replace(
+                **{name: getattr(group, name)[part] for name in RowGroup._fields[1:]}
+            )
+            rows, entries = cut.table.shape
+            key = (rows, columns, entries, cut.table.dtype, device)
+            by_shape.setdefault(key, []).append(cut)
+    for (rows, columns, *_, device), same in by_shape.items():
+        limit = _CPU_CELLS if device.type == "cpu" else _DEVICE_CELLS
+        # A Hessian is copied: it counts as rows do.
+        count = max(1, limit // (columns * max(rows, columns // 4)))
+        for start in range(0, len(same), count):
+            yield same[start : start + count]
+
+
+def _solve(batch: list[RowGroup], rounds: int, sweeps: int) -> None:
+    hessian = torch.stack([group.hessian for group in batch])
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    hessian /= diagonal.mean(dim=1)[:, None, None]
+    diagonal += DAMPING
+    # Columns first: what one step of the coordinate descent works on is contiguous.
+    weight = torch.stack([group.weight.t() for group in batch]).float()
+    kept = ~torch.stack([group.removed.t() for group in batch])
+    table = torch.stack([group.table for group in batch]).float()
+    indices = torch.stack([group.indices for group in batch])
+    values = _look_up(table, indices, kept, weight)
+    best, best_table, best_indices = None, table, indices
+    for done in range(rounds + 1):
+        error = values - weight
+        gradient = torch.bmm(hessian, error)
+        objective = (error * gradient).sum(dim=1, dtype=torch.float64)
+        if best is None:
+            best = objective
+        else:
+            better = objective < best
+            best = torch.where(better, objective, best)
+            best_table = torch.where(better[:, :, None], table, best_table)
+            best_indices = torch.where(better[:, :, None], indices, best_indices)
+        if done == rounds:
+            break
+        fitted = [
+            refit(hessian[b], gradient[b].t(), indices[b], kept[b].t(), table[b], group.table.dtype)
+            for b, group in enumerate(batch)
+        ]
+        del gradient
+        table, indices = _sort(torch.stack(fitted), indices)
+        values = _look_up(table, indices, kept, weight)
+        error = values - weight
+        coordinate_descent(hessian, error, values, kept, table, sweeps)
+        indices = torch.searchsorted(
+            midpoints(table), values.transpose(1, 2).contiguous(), out_int32=True
+        ).to(torch.uint8)
+    for b, group in enumerate(batch):
+        group.table.copy_(best_table[b])
+        group.indices.copy_(best_indices[b])
+
+
+def _look_up(table: Tensor, indices: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
+    """Dequantized values, fp32 [B, n, R]; where not ``kept`` the weight itself."""
+    values = table.gather(2, indices.long()).transpose(1, 2)
+    return torch.where(kept, values, weight)
+
+
+def _sort(table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables in ascending order, and the indices that mean the same in them."""
+    table, order = table.sort(dim=2, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(2, order, torch.arange(order.shape[2], device=order.device).expand_as(order))
+    return table, rank.gather(2, indices.long()).to(torch.uint8)
