@@ -11,6 +11,7 @@ own gradients for a Hessian, enters each layer's objective (GuidedQuant, ICML 20
 """
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def channel_groups(out_features: int, groups: int) -> list[slice]:
     """
     groups = min(groups, out_features)
     edges = [round(out_features * g / groups) for g in range(groups + 1)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 class Hessians:
@@ -92,12 +93,10 @@ class Hessians:
         hooks = []
         for name, linear in self.linears.items():
             if self._channels[name]:
-                hook = self._guided_hook(name, 1.0 / loss_scale)
+                guided = self._guided_hook(name, 1.0 / loss_scale)
+                hooks.append(linear.register_forward_hook(guided))
             elif self._key[name] == name:
-                hook = self._plain_hook(name)
-            else:
-                continue
-            hooks.append(linear.register_forward_hook(hook))
+                hooks.append(linear.register_forward_hook(self._plain_hook(name)))
         return hooks
 
     def _plain_hook(self, name: str) -> Callable[..., None]:
@@ -166,9 +165,7 @@ def sum_names(
 
 
 @torch.no_grad()
-def shared_inputs(
-    model: Any, linears: Mapping[str, nn.Linear], sequence: Tensor
-) -> dict[str, str]:
+def shared_inputs(model: Any, linears: Mapping[str, nn.Linear], sequence: Tensor) -> dict[str, str]:
     """Which layers have the same input, found by running the model once.
 
     Args:

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from squeezellm_hf.calibration import datasets
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
+from squeezellm_hf.pipeline.plan import check_calibration
 
 RECORDED_VERSIONS = ("squeezellm-hf", "torch", "transformers")
 
@@ -54,7 +55,8 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
     """Choose the layers and read the calibration data; ``model`` may be on meta.
 
     Raises:
-        ValueError: if the model has nothing to quantize, or the data does not suffice.
+        ValueError: if the model has nothing to quantize, or the data does not suffice, or there is
+            none and a codebook needs it.
     """
     skip = HfQuantizer.get_modules_to_not_convert(
         model,
@@ -63,6 +65,7 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         add_default_skips=True,
     )
     plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
+    check_calibration(plan, config.dataset is not None)
     return Run(config, plan, _sequences(model, config, tokenizer))
 
 

@@ -13,7 +13,7 @@ from squeezellm_hf.methods.squeezellm import WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import passes
 from squeezellm_hf.pipeline.calibrate import Calibration
-from squeezellm_hf.pipeline.plan import Plan
+from squeezellm_hf.pipeline.plan import Plan, check_calibration
 from squeezellm_hf.pipeline.work_dir import WorkDir, fingerprint
 
 
@@ -56,7 +56,7 @@ def quantize_modules(
     """
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in plan}
     _check_weights(model)
-    _check_plan(plan, sequences)
+    check_calibration(plan, sequences is not None)
     run = WorkDir(work_dir, fingerprint(model, sequences)) if work_dir is not None else None
     done = _finished(plan, run)
     shared = {}
@@ -129,17 +129,6 @@ def _swap_all(
     for name in names:
         if name not in layers:
             layers[name] = _swap(model, name, linears.pop(name), done.pop(name), plan[name].bits)
-
-
-def _check_plan(plan: Plan, sequences: Tensor | None) -> None:
-    if sequences is not None:
-        return
-    for name, parameters in plan.items():
-        if parameters.hessian_groups is not None:
-            raise ValueError(
-                f"codebook={parameters.codebook!r} of {name} needs calibration data and there is "
-                "none (dataset=None); give a dataset, or choose codebook='kmeans'"
-            )
 
 
 def _check_weights(model: nn.Module) -> None:

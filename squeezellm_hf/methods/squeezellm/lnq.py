@@ -71,22 +71,25 @@ def _batches(groups: Iterable[RowGroup]) -> Iterable[list[RowGroup]]:
     """Groups of one shape together, up to a number of cells; larger ones are cut."""
     by_shape: dict[tuple[object, ...], list[RowGroup]] = {}
     for group in groups:
-        columns, device = group.weight.shape[1], group.weight.device
-        most = max(1, (_CPU_CELLS if device.type == "cpu" else _DEVICE_CELLS) // columns)
+        columns = group.weight.shape[1]
+        most = max(1, _most_cells(group) // columns)
         for start in range(0, group.weight.shape[0], most):
             part = slice(start, start + most)
             cut = group._replace(
                 **{name: getattr(group, name)[part] for name in RowGroup._fields[1:]}
             )
-            rows, entries = cut.table.shape
-            key = (rows, columns, entries, cut.table.dtype, device)
+            key = (columns, *cut.table.shape, cut.table.dtype, cut.table.device)
             by_shape.setdefault(key, []).append(cut)
-    for (rows, columns, *_, device), same in by_shape.items():
-        limit = _CPU_CELLS if device.type == "cpu" else _DEVICE_CELLS
+    for same in by_shape.values():
+        rows, columns = same[0].weight.shape
         # A Hessian is copied: it counts as rows do.
-        count = max(1, limit // (columns * max(rows, columns // 4)))
+        count = max(1, _most_cells(same[0]) // (columns * max(rows, columns // 4)))
         for start in range(0, len(same), count):
             yield same[start : start + count]
+
+
+def _most_cells(group: RowGroup) -> int:
+    return _CPU_CELLS if group.weight.device.type == "cpu" else _DEVICE_CELLS
 
 
 def _solve(batch: list[RowGroup], rounds: int, sweeps: int) -> None:

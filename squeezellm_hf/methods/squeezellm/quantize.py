@@ -124,9 +124,7 @@ def _kmeans(matrix: WeightMatrix) -> _Code:
     weight, fisher, parameters, *_ = matrix
     removed = sparse_mask(weight, fisher, parameters)
     dtype = table_dtype(weight)
-    tables = torch.empty(
-        weight.shape[0], 2**parameters.bits, dtype=dtype, device=weight.device
-    )
+    tables = torch.empty(weight.shape[0], 2**parameters.bits, dtype=dtype, device=weight.device)
     indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
 
     @torch.no_grad()  # holds for one thread

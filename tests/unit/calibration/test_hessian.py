@@ -41,14 +41,14 @@ def inputs_and_gradients(
 
             return hook
 
-        hooks = [m.register_forward_hook(keep(name)) for name, m in linears(model).items()]
+        handles = [m.register_forward_hook(keep(name)) for name, m in linears(model).items()]
         logits = model(ids[None]).logits[0]
         loss = nn.functional.cross_entropy(logits[:-1], ids[1:])
         gradients = torch.autograd.grad(loss, list(outputs.values()))
         for name, gradient in zip(outputs, gradients, strict=True):
             found[name][1].append(gradient[0])
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
     return found
 
 

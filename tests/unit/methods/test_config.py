@@ -58,7 +58,7 @@ def test_unknown_method_is_refused(name: Any) -> None:
 
 @pytest.mark.parametrize("value", ["k-means", "LNQ", None, 3, ["lnq"]])
 def test_unknown_codebook_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="codebook must be one of .*guided.*, got"):
+    with pytest.raises(ValueError, match=r"codebook must be one of .*guided.*, got"):
         SqueezeLLMParameters(codebook=value)
 
 

@@ -94,7 +94,9 @@ def test_matrices_side_by_side_give_what_each_gives_alone() -> None:
         weight = weight.roll(seed, 0)
         hessian = {"lnq": hessians(1, seed=seed), "guided": hessians(4, seed=seed)}.get(codebook)
         changes = {"lnq_sweeps": 2} if seed == 5 else {}
-        matrices.append(WeightMatrix(weight, fisher, parameters(codebook, bits, **changes), hessian))
+        matrices.append(
+            WeightMatrix(weight, fisher, parameters(codebook, bits, **changes), hessian)
+        )
     together = quantize_weights(matrices)
     for matrix, tensors in zip(matrices, together, strict=True):
         alone = quantize_weight(
