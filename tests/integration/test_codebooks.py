@@ -47,7 +47,7 @@ def errors(model: nn.Module, token_ids: Tensor, groups: int) -> dict[str, float]
         name: float(
             quadratic_error(
                 linear.weight.detach(),
-                model.get_submodule(name).to_linear(torch.float32).weight,
+                model.get_submodule(name).to_linear(torch.float32).weight.detach(),
                 hessians.of(name),
             ).sum()
         )
