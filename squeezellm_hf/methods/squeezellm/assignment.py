@@ -16,6 +16,8 @@ from torch import Tensor
 # changes is passed on by products of half the size, down to _LEAF columns that see each step.
 _BLOCK = 128
 _LEAF = 8
+# Tables that are so small that all midpoints are compared.
+_NARROW = 32
 
 
 def coordinate_descent(
@@ -32,6 +34,8 @@ def coordinate_descent(
         sweeps: how often every column is visited.
     """
     middle = midpoints(table)
+    if _counts(table):
+        middle = middle.permute(2, 0, 1).contiguous()
     for _ in range(sweeps):
         for start in range(0, hessian.shape[1], _BLOCK):
             block = slice(start, start + _BLOCK)
@@ -57,6 +61,7 @@ def _sweep_block(
     target = current - torch.bmm(hessian[:, block], error) / scale
     coupling = hessian[:, block, block] / scale
     step = torch.empty_like(target)
+    counts = _counts(table)
 
     def visit(start: int, stop: int) -> None:
         """Choose entries for columns from start to stop, whose targets know all earlier steps."""
@@ -69,7 +74,7 @@ def _sweep_block(
             visit(half, stop)
             return
         for i in range(start, stop):
-            index = torch.searchsorted(middle, target[:, i].unsqueeze(-1).contiguous())
+            index = _nearest(middle, target[:, i], counts)
             old = current[:, i]
             new = torch.where(kept[:, block.start + i], table.gather(2, index)[:, :, 0], old)
             torch.sub(new, old, out=step[:, i])
@@ -81,3 +86,21 @@ def _sweep_block(
 
     visit(0, target.shape[1])
     error[:, block] += step
+
+
+def _counts(table: Tensor) -> bool:
+    """Whether to count midpoints: on a CPU the branches of a binary search are guessed wrongly."""
+    return table.device.type == "cpu" and table.shape[2] <= _NARROW
+
+
+def _nearest(middle: Tensor, target: Tensor, counts: bool) -> Tensor:
+    """Index of the entry nearest to each target, of two equally near the lower: int64 [B, R, 1].
+
+    Args:
+        middle: [k - 1, B, R] if ``counts``, otherwise [B, R, k - 1].
+        target: [B, R].
+        counts: see :func:`_counts`.
+    """
+    if counts:
+        return (target > middle).sum(dim=0).unsqueeze(-1)
+    return torch.searchsorted(middle, target.unsqueeze(-1).contiguous())

@@ -98,6 +98,13 @@ def test_no_sweep_raises_the_objective(
         before = now
 
 
+def test_counting_and_searching_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = problem(2, 5, 60, 16, seed=4)
+    expected = run(*arguments, sweeps=2)
+    monkeypatch.setattr(assignment, "_NARROW", 0)
+    assert run(*arguments, sweeps=2).equal(expected)
+
+
 def test_cells_that_are_not_kept_stay_without_error() -> None:
     hessian, weight, kept, table = problem(2, 6, 70, 4, seed=5, removed=0.5)
     kept[1, :, 3] = False
