@@ -99,8 +99,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         seed: Chooses the sequences.
         tokenizer: Tokenizer, or the name of one. Default: the one that lies with the model.
         work_dir: Directory that keeps finished work, so that a killed run goes on where it was.
-            Needs 4 bytes a weight there, and while codebook "lnq" or "guided" is at work the
-            size of the Hessians.
+            Needs 4 bytes a weight there, and for codebooks "lnq" and "guided" the size of the
+            Hessians that fit in memory together.
         dequantize: On loading a quantized checkpoint: give back a plain model instead.
     """
 

@@ -26,6 +26,8 @@ class Calibration:
         shared: see :class:`~squeezellm_hf.calibration.hessian.Hessians`.
         run: where sums are kept.
         progress: show progress bars.
+        keep_hessians: keep them on disk, too, when they are complete, for other bits; if there is
+            more than one pass, they would fill the disk.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Calibration:
         shared: Mapping[str, str],
         run: WorkDir | None,
         progress: bool,
+        keep_hessians: bool,
     ) -> None:
         self._model = model
         self._linears = dict(linears)
@@ -43,6 +46,7 @@ class Calibration:
         self._shared = shared
         self._run = run
         self._progress = progress
+        self._keep_hessians = keep_hessians
         self._fisher: FisherDiagonal | None = None
 
     def take(
@@ -82,8 +86,8 @@ class Calibration:
         return fisher.sums, hessians
 
     def drop(self, groups: Mapping[str, int]) -> None:
-        """Forget the Hessians of finished layers, which are large and serve nothing else."""
-        if self._run is not None and groups:
+        """Forget the Hessians of finished layers, unless they are to be kept."""
+        if self._run is not None and groups and not self._keep_hessians:
             self._run.drop_sums(hessian_label(groups))
 
     def _start_fisher(self) -> FisherDiagonal:
@@ -103,8 +107,8 @@ class Calibration:
         if self._run is None:
             return
         for label, statistic in statistics.items():
-            # Hessians are done with in this run: writing all of them once more would not pay.
-            last = final and label == FISHER
+            # Those that will be dropped soon are not worth a last time.
+            last = final and (label == FISHER or self._keep_hessians)
             self._run.save_sums(label, statistic.sums, statistic.sequences, final=last)
 
 

@@ -65,7 +65,7 @@ def quantize_modules(
     budgets = hessian_budgets or passes.hessian_budgets(linears, model)
     todo = passes.make_passes(plan, linears, shared, budgets)
     calibration = (
-        Calibration(model, linears, sequences, shared, run, progress)
+        Calibration(model, linears, sequences, shared, run, progress, len(todo) == 1)
         if sequences is not None
         else None
     )

@@ -2,7 +2,7 @@
 
 Every file is named by a hash of all that it depends on (weights, token ids, parameters): a run
 with another model, other data or other bits never picks up a wrong one, and one that differs in
-the bits alone finds the Fisher information ready.
+the bits alone finds the Fisher information ready, and Hessians that fit in memory together.
 """
 
 import hashlib

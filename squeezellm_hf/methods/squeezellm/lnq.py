@@ -23,9 +23,13 @@ from squeezellm_hf.methods.squeezellm.least_squares import refit
 # than inputs, leave H singular.
 DAMPING = 1e-4
 # Cells solved side by side. On a CPU the matrices of a block then stay near the caches; elsewhere
-# a column of all rows is one launch, and few launches matter more.
+# a column of all rows is a few launches however many they are, and the limit is memory.
 _CPU_CELLS = 1 << 22
-_DEVICE_CELLS = 1 << 28
+# On a CPU, batches of at most so many columns are solved one a thread; of more, one by one, with
+# all threads in its products: copies of their Hessians would fill the memory.
+_NARROW = 2048
+_BYTES_PER_CELL = 32
+_SHARE_OF_DEVICE = 0.25
 
 
 class RowGroup(NamedTuple):
@@ -58,13 +62,16 @@ def refine(groups: Sequence[RowGroup], rounds: int, sweeps: int) -> None:
         sweeps: sweeps of coordinate descent in a round.
     """
     batches = list(_batches([g for g in groups if bool(g.hessian.diagonal().sum() > 0)]))
-    on_cpu = all(group.hessian.device.type == "cpu" for group in groups)
 
     @torch.no_grad()  # holds for one thread
     def solve(batch: list[RowGroup]) -> None:
         _solve(batch, rounds, sweeps)
 
-    in_threads(solve, batches, on_cpu=on_cpu)
+    narrow = [b for b in batches if b[0].weight.shape[1] <= _NARROW]
+    wide = [b for b in batches if b[0].weight.shape[1] > _NARROW]
+    on_cpu = all(group.weight.device.type == "cpu" for group in groups)
+    in_threads(solve, narrow, on_cpu=on_cpu)
+    in_threads(solve, wide, on_cpu=False)
 
 
 def _batches(groups: Iterable[RowGroup]) -> Iterable[list[RowGroup]]:
@@ -72,7 +79,7 @@ def _batches(groups: Iterable[RowGroup]) -> Iterable[list[RowGroup]]:
     by_shape: dict[tuple[object, ...], list[RowGroup]] = {}
     for group in groups:
         columns = group.weight.shape[1]
-        most = max(1, _most_cells(group) // columns)
+        most = max(1, _most_cells(group.weight.device) // columns)
         for start in range(0, group.weight.shape[0], most):
             part = slice(start, start + most)
             cut = group._replace(
@@ -82,14 +89,18 @@ def _batches(groups: Iterable[RowGroup]) -> Iterable[list[RowGroup]]:
             by_shape.setdefault(key, []).append(cut)
     for same in by_shape.values():
         rows, columns = same[0].weight.shape
-        # A Hessian is copied: it counts as rows do.
-        count = max(1, _most_cells(same[0]) // (columns * max(rows, columns // 4)))
+        # The copy of a Hessian takes the memory of n / 8 rows.
+        cells = columns * (rows + columns // 8)
+        count = max(1, _most_cells(same[0].weight.device) // cells)
         for start in range(0, len(same), count):
             yield same[start : start + count]
 
 
-def _most_cells(group: RowGroup) -> int:
-    return _CPU_CELLS if group.weight.device.type == "cpu" else _DEVICE_CELLS
+def _most_cells(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_CELLS
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(_SHARE_OF_DEVICE * total) // _BYTES_PER_CELL
 
 
 def _solve(batch: list[RowGroup], rounds: int, sweeps: int) -> None:
