@@ -7,7 +7,8 @@ X D^T. The squared change of output channel o is D[o] H D[o]^T with
     H_g = X^T diag(s_g) X          guided: s_g[t] = mean over o in group g of (dLoss/dz[t,o])^2
 
 z the layer's output, groups of consecutive output channels: the end loss, to second order with its
-own gradients for a Hessian, enters each layer's objective (GuidedQuant, ICML 2025).
+own gradients for a Hessian, enters each layer's objective (GuidedQuant, arXiv
+2505.07004).
 """
 
 from collections.abc import Callable, Mapping

@@ -77,8 +77,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         solver: "lloyd", or "exact" for the optimal table of every row (slower).
         codebook: "kmeans", the paper's sensitivity-weighted k-means; "lnq", which from there
             searches tables and indices for the least change of each layer's outputs; "guided", the
-            same with outputs weighted by squared gradients of the loss (GuidedQuant, ICML 2025):
-            the most accurate, and with "lnq" several times slower.
+            same with outputs weighted by squared gradients of the loss (GuidedQuant, arXiv
+            2505.07004): the most accurate, and with "lnq" several times slower.
         guided_groups: Groups of output channels of a layer that get a Hessian of their own, each
             4 x in_features^2 bytes, for codebook "guided" (1 to 4 there).
         lnq_rounds: How often tables and indices alternate, for codebooks "lnq" and "guided".

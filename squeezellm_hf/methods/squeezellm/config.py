@@ -25,11 +25,11 @@ class SqueezeLLMParameters:
             ``"exact"``, the optimum by dynamic programming, some twenty times slower.
         codebook: ``"kmeans"``, sensitivity-weighted k-means, the method of the paper; ``"lnq"``,
             which from there minimises the squared change of the layer's outputs; ``"guided"``,
-            the same with outputs weighted by squared gradients of the loss (GuidedQuant, ICML
-            2025). The latter two need Hessians.
+            the same with outputs weighted by squared gradients of the loss (GuidedQuant, arXiv
+            2505.07004). The latter two need Hessians.
         guided_groups: groups of output channels with a Hessian of their own, for ``"guided"``.
-        lnq_rounds: how often tables and assignment alternate, at least 1 (2 in GuidedQuant).
-        lnq_sweeps: sweeps of coordinate descent a round, at least 1 (4 in GuidedQuant).
+        lnq_rounds: how often tables and assignment alternate, at least 1.
+        lnq_sweeps: sweeps of coordinate descent a round, at least 1.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.

@@ -1,6 +1,6 @@
 """LNQ: layer-wise non-uniform quantization by alternating tables and assignment.
 
-From GuidedQuant (ICML 2025). Per output row, with H the Hessian of the row's group
+From GuidedQuant (arXiv 2505.07004). Per output row, with H the Hessian of the row's group
 (:mod:`squeezellm_hf.calibration.hessian`) and cells of the sparse part without error:
 
     minimise  (w' - w) H (w' - w)^T   over the table and the index of every cell
