@@ -26,7 +26,7 @@ def coordinate_descent(
     """Improve the assignment of all rows, in place.
 
     Args:
-        hessian: fp32 [B, n, n], symmetric, positive diagonal.
+        hessian: fp32 [B, n, n], positive diagonal; entry (i, j) tells how error j moves target i.
         error: fp32 [B, n, R], values - weights; zero where not ``kept``.
         values: fp32 [B, n, R], entries of ``table`` where ``kept``.
         kept: bool [B, n, R], False for cells that stay as they are, without error.

@@ -5,8 +5,9 @@ From GuidedQuant (arXiv 2505.07004). Per output row, with H the Hessian of the r
 
     minimise  (w' - w) H (w' - w)^T   over the table and the index of every cell
 
-Rounds of a least-squares table and a few sweeps of coordinate descent, from any start. No step
-raises the objective, and of start and rounds the best is kept, row by row.
+From any start, the assignment is first made anew with error feedback, if that is better; then
+come rounds of a least-squares table and a few sweeps of coordinate descent. No step raises the
+objective, and of start and rounds the best is kept, row by row.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from squeezellm_hf.methods.squeezellm.assignment import coordinate_descent, midpoints
 from squeezellm_hf.methods.squeezellm.chunks import in_threads
+from squeezellm_hf.methods.squeezellm.feedback import feedback_rounding
 from squeezellm_hf.methods.squeezellm.least_squares import refit
 
 # Added to the diagonal of H, relative to its mean: inputs that are always zero, and fewer tokens
@@ -89,8 +91,8 @@ def _batches(groups: Iterable[RowGroup]) -> Iterable[list[RowGroup]]:
             by_shape.setdefault(key, []).append(cut)
     for same in by_shape.values():
         rows, columns = same[0].weight.shape
-        # The copy of a Hessian takes the memory of n / 8 rows.
-        cells = columns * (rows + columns // 8)
+        # A Hessian is copied, and has a factor: that takes the memory of n / 4 rows.
+        cells = columns * (rows + columns // 4)
         count = max(1, _most_cells(same[0].weight.device) // cells)
         for start in range(0, len(same), count):
             yield same[start : start + count]
@@ -104,30 +106,27 @@ def _most_cells(device: torch.device) -> int:
 
 
 def _solve(batch: list[RowGroup], rounds: int, sweeps: int) -> None:
-    hessian = torch.stack([group.hessian for group in batch])
+    # Columns of large H_ii first: see feedback.
+    orders = [group.hessian.diagonal().argsort(descending=True, stable=True) for group in batch]
+    ordered = list(zip(batch, orders, strict=True))
+    hessian = torch.stack([group.hessian[order][:, order] for group, order in ordered])
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     hessian /= diagonal.mean(dim=1)[:, None, None]
     diagonal += DAMPING
     # Columns first: what one step of the coordinate descent works on is contiguous.
-    weight = torch.stack([group.weight.t() for group in batch]).float()
-    kept = ~torch.stack([group.removed.t() for group in batch])
+    weight = torch.stack([group.weight.t()[order] for group, order in ordered]).float()
+    kept = ~torch.stack([group.removed.t()[order] for group, order in ordered])
     table = torch.stack([group.table for group in batch]).float()
-    indices = torch.stack([group.indices for group in batch])
+    indices = torch.stack([group.indices[:, order] for group, order in ordered])
     values = _look_up(table, indices, kept, weight)
-    best, best_table, best_indices = None, table, indices
-    for done in range(rounds + 1):
-        error = values - weight
-        gradient = torch.bmm(hessian, error)
-        objective = (error * gradient).sum(dim=1, dtype=torch.float64)
-        if best is None:
-            best = objective
-        else:
-            better = objective < best
-            best = torch.where(better, objective, best)
-            best_table = torch.where(better[:, :, None], table, best_table)
-            best_indices = torch.where(better[:, :, None], indices, best_indices)
-        if done == rounds:
-            break
+    best = _Best(table, indices, _objective(hessian, values - weight)[0])
+    fed_back = feedback_rounding(hessian, weight, kept, table)
+    better = best.offer(table, _indices(table, fed_back), _objective(hessian, fed_back - weight)[0])
+    values = torch.where(better[:, None], fed_back, values)
+    del fed_back
+    for _ in range(rounds):
+        indices = _indices(table, values)
+        _, gradient = _objective(hessian, values - weight)
         fitted = [
             refit(hessian[b], gradient[b].t(), indices[b], kept[b].t(), table[b], group.table.dtype)
             for b, group in enumerate(batch)
@@ -135,14 +134,38 @@ def _solve(batch: list[RowGroup], rounds: int, sweeps: int) -> None:
         del gradient
         table, indices = _sort(torch.stack(fitted), indices)
         values = _look_up(table, indices, kept, weight)
-        error = values - weight
-        coordinate_descent(hessian, error, values, kept, table, sweeps)
-        indices = torch.searchsorted(
-            midpoints(table), values.transpose(1, 2).contiguous(), out_int32=True
-        ).to(torch.uint8)
-    for b, group in enumerate(batch):
-        group.table.copy_(best_table[b])
-        group.indices.copy_(best_indices[b])
+        coordinate_descent(hessian, values - weight, values, kept, table, sweeps)
+        best.offer(table, _indices(table, values), _objective(hessian, values - weight)[0])
+    for b, (group, order) in enumerate(ordered):
+        group.table.copy_(best.table[b])
+        group.indices[:, order] = best.indices[b]
+
+
+class _Best:
+    """The best table [B, R, k] and indices [B, R, n] of every row so far, by objective [B, R]."""
+
+    def __init__(self, table: Tensor, indices: Tensor, objective: Tensor) -> None:
+        self.table, self.indices, self._objective = table, indices, objective
+
+    def offer(self, table: Tensor, indices: Tensor, objective: Tensor) -> Tensor:
+        """Take the rows that are better; returns which, bool [B, R]."""
+        better = objective < self._objective
+        self._objective = torch.where(better, objective, self._objective)
+        self.table = torch.where(better[:, :, None], table, self.table)
+        self.indices = torch.where(better[:, :, None], indices, self.indices)
+        return better
+
+
+def _objective(hessian: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """d H d^T, fp64 [B, R], and its half gradient H d^T, fp32 [B, n, R]."""
+    gradient = torch.bmm(hessian, error)
+    return (error * gradient).sum(dim=1, dtype=torch.float64), gradient
+
+
+def _indices(table: Tensor, values: Tensor) -> Tensor:
+    """Indices, uint8 [B, R, n], of values [B, n, R] that are entries of their row's table."""
+    values = values.transpose(1, 2).contiguous()
+    return torch.searchsorted(midpoints(table), values, out_int32=True).to(torch.uint8)
 
 
 def _look_up(table: Tensor, indices: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
