@@ -81,7 +81,8 @@ def _batches(groups: Iterable[RowGroup]) -> Iterable[list[RowGroup]]:
     by_shape: dict[tuple[object, ...], list[RowGroup]] = {}
     for group in groups:
         columns = group.weight.shape[1]
-        most = max(1, _most_cells(group.weight.device) // columns)
+        # Each part factorizes the Hessian anew, which should not cost more than its sweeps.
+        most = max(columns // 2, _most_cells(group.weight.device) // columns, 1)
         for start in range(0, group.weight.shape[0], most):
             part = slice(start, start + most)
             cut = group._replace(
