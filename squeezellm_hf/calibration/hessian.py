@@ -103,7 +103,7 @@ class Hessians:
     def _plain_hook(self, name: str) -> Callable[..., None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
             if self.active:
-                add_gram(self.sums[name][0], _tokens(inputs[0]).float())
+                add_gram(self.sums[name][0], _tokens(inputs[0]))
 
         return add
 
@@ -113,8 +113,9 @@ class Hessians:
         def add(inputs: Tensor, gradient: Tensor) -> None:
             if not self.active:
                 return
-            rows = _tokens(inputs).float()
-            gradient = _tokens(gradient).float() * factor
+            device = self.sums[name].device
+            rows = _tokens(inputs).to(device, torch.float32)
+            gradient = _tokens(gradient).to(device, torch.float32) * factor
             for hessian, group in zip(self.sums[name], channels, strict=True):
                 # The root mean square on both sides keeps H a Gram matrix, rounding and all.
                 root = gradient[:, group].square().mean(dim=1, keepdim=True).sqrt_()
@@ -145,8 +146,9 @@ def add_gram(hessian: Tensor, rows: Tensor) -> None:
 
     Args:
         hessian: fp32 [n, n].
-        rows: fp32 [t, n].
+        rows: [t, n], any device and floating dtype.
     """
+    rows = rows.to(hessian.device, torch.float32)
     with torch.no_grad():
         for start in range(0, hessian.shape[0], _BLOCK):
             stop = start + _BLOCK
