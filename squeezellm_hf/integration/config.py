@@ -75,12 +75,12 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         sensitive_fraction: Part that is kept at 16 bits for its sensitivity (0.05 % in the
             paper). Both 0: dense only.
         solver: "lloyd", or "exact" for the optimal table of every row (slower).
-        codebook: "kmeans", the paper's sensitivity-weighted k-means; "lnq", which from there
-            searches tables and indices for the least change of each layer's outputs; "guided", the
-            same with outputs weighted by squared gradients of the loss (GuidedQuant, arXiv
-            2505.07004): the most accurate, and with "lnq" several times slower.
-        guided_groups: Groups of output channels of a layer that get a Hessian of their own, each
-            4 x in_features^2 bytes, for codebook "guided" (1 to 4 there).
+        codebook: How tables and indices are chosen: "kmeans", the paper's sensitivity-weighted
+            k-means; "lnq", which from there searches for the least change of each layer's
+            outputs; "guided" (GuidedQuant), the same with outputs weighted by squared gradients
+            of the loss. The last is the most accurate; both take several times as long.
+        guided_groups: Groups of output channels of a layer that get a Hessian of their own, of
+            in_features^2 values in 32 bits each, for codebook "guided".
         lnq_rounds: How often tables and indices alternate, for codebooks "lnq" and "guided".
         lnq_sweeps: Sweeps over the columns in each round, for codebooks "lnq" and "guided".
         modules_to_not_convert: More modules that stay as they are, beside the output head. A
