@@ -22,8 +22,8 @@ from squeezellm_hf.methods.squeezellm.feedback import feedback_rounding
 from squeezellm_hf.methods.squeezellm.least_squares import refit
 
 # Added to the diagonal of H, relative to its mean: inputs that are always zero, and fewer tokens
-# than inputs, leave H singular.
-DAMPING = 1e-4
+# than inputs, leave H singular, and H is a sample. docs/methods.md has measurements.
+DAMPING = 1e-2
 # Cells solved side by side. On a CPU the matrices of a block then stay near the caches; elsewhere
 # a column of all rows is a few launches however many they are, and the limit is memory.
 _CPU_CELLS = 1 << 22

@@ -183,8 +183,9 @@ def test_one_huge_input() -> None:
     rows[:, 7] *= 3000
     rows += 300 * torch.randn(64, generator=generator)
     start = group(16, 64, 8, hessian=(rows.T @ rows).float())
-    result = refined(start)
-    assert (objectives(result) < 0.2 * objectives(start)).all()
+    before, after = objectives(start), objectives(refined(start))
+    assert (after < 0.5 * before).all()
+    assert after.sum() < 0.05 * before.sum()
 
 
 def test_rows_of_zeros_and_of_removed_cells() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from squeezellm_hf.methods.squeezellm import (
     SqueezeLLMParameters,
     WeightMatrix,
+    lnq,
     quadratic_error,
     quantize_weight,
     quantize_weights,
@@ -59,9 +60,10 @@ def test_no_row_is_worse_than_k_means(
         k: (t.shape, t.dtype) for k, t in after.items()
     }
     assert (after["lookup_table"].float().diff(dim=1) >= 0).all()
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
+    hessian = hessian + lnq.DAMPING * mean[:, None, None] * torch.eye(70)
     was, now = error(weight, before, hessian, bits), error(weight, after, hessian, bits)
-    # Damping is in the objective of the solver and not in this one.
-    assert (now <= was * 1.001).all()
+    assert (now <= was * 1.0001 + 1e-9).all()
     if bits < 8:  # 256 entries hold 70 weights exactly
         assert now.sum() < 0.9 * was.sum()
 
