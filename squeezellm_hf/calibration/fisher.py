@@ -9,11 +9,71 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-# An fp16 gradient below 6e-8 is zero; the loss is scaled so that few are, as in fp16 training.
-FP16_LOSS_SCALE = 1024.0
+from squeezellm_hf.calibration.accumulate import accumulate
 
 AfterSequence = Callable[[int, Mapping[str, Tensor]], None]
+
+
+class FisherDiagonal:
+    """Sums of squared weight gradients, a :class:`~.accumulate.Statistic`.
+
+    Beside the model, memory holds the sum itself (4 bytes a weight) and the gradient of one
+    layer: each is squared, added and dropped as soon as the backward pass has produced it.
+
+    Args:
+        linears: the layers by name; their weights may lie on several devices.
+        sums: a sum to go on from, with ``sequences`` sequences in it.
+        sequences: 0 without ``sums``.
+
+    Attributes:
+        sums: fp32 [out_features, in_features] per name, on the device of the weight.
+    """
+
+    needs_gradients = True
+
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        sums: dict[str, Tensor] | None = None,
+        sequences: int = 0,
+    ) -> None:
+        self.linears = linears
+        self.sequences = sequences
+        self.active = True
+        self.sums = sums if sums is not None else {
+            name: torch.zeros_like(linear.weight, dtype=torch.float32)
+            for name, linear in linears.items()
+        }  # fmt: skip
+
+    def attach(self, loss_scale: float) -> list[RemovableHandle]:
+        """Ask for the gradients of the weights."""
+        hooks = []
+        for name, linear in self.linears.items():
+            linear.weight.requires_grad_(True)
+            hook = self._hook(name, 1.0 / loss_scale**2)
+            hooks.append(linear.weight.register_post_accumulate_grad_hook(hook))
+        return hooks
+
+    def _hook(self, name: str, factor: float) -> Callable[[Tensor], None]:
+        def add_square(weight: Tensor) -> None:
+            gradient = weight.grad
+            weight.grad = None
+            if gradient is not None and self.active:
+                gradient = gradient.float()
+                self.sums[name].addcmul_(gradient, gradient, value=factor)
+
+        return add_square
+
+    def check(self) -> None:
+        """Raise ValueError unless every sum is finite."""
+        for name, total in self.sums.items():
+            if not bool(total.isfinite().all()):
+                raise ValueError(
+                    f"the squared gradients of {name}.weight are not finite; calibrate in "
+                    f"bfloat16 or float32, not {self.linears[name].weight.dtype}"
+                )
 
 
 def calibrate_fisher(
@@ -27,14 +87,8 @@ def calibrate_fisher(
 ) -> dict[str, Tensor]:
     """Sum the squared gradients of the weights of ``linears`` over ``sequences``.
 
-    Beside the model, memory holds the sum itself (4 bytes a weight), the activations of one
-    sequence, and the gradient of one layer: each is squared, added and dropped as soon as the
-    backward pass has produced it.
-
     Args:
-        model: a module, called as ``model(input_ids=, labels=, use_cache=False)``, whose result
-            has a ``.loss``, the mean token cross-entropy, as every causal language model of
-            Transformers has.
+        model: as for :func:`~squeezellm_hf.calibration.accumulate.accumulate`.
         linears: the layers by name; their weights may lie on several devices.
         sequences: token ids, int64 [sequence_length] each.
         fisher: a sum to go on from, as returned by an earlier call, with ``first`` sequences in it.
@@ -47,60 +101,11 @@ def calibrate_fisher(
     Raises:
         ValueError: if the model gives no loss, or a loss or gradient is not finite.
     """
-    if fisher is None:
-        fisher = {
-            name: torch.zeros_like(linear.weight, dtype=torch.float32)
-            for name, linear in linears.items()
-        }
-    half = any(linear.weight.dtype == torch.float16 for linear in linears.values())
-    scale = FP16_LOSS_SCALE if half else 1.0
-    weights = {name: linear.weight for name, linear in linears.items()}
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    was_training = model.training
-    device = model.get_input_embeddings().weight.device if hasattr(
-        model, "get_input_embeddings") else next(model.parameters()).device  # fmt: skip
+    statistic = FisherDiagonal(linears, fisher, first)
 
-    def add_square(name: str) -> Callable[[Tensor], None]:
-        def hook(weight: Tensor) -> None:
-            gradient = weight.grad
-            weight.grad = None
-            if gradient is not None:
-                gradient = gradient.float()
-                fisher[name].addcmul_(gradient, gradient, value=1.0 / scale**2)
+    def report(count: int) -> None:
+        if after_sequence is not None:
+            after_sequence(count, statistic.sums)
 
-        return hook
-
-    model.requires_grad_(False)
-    model.eval()  # dropout would make the sum depend on more than the data
-    hooks = []
-    for name, weight in weights.items():
-        weight.requires_grad_(True)
-        hooks.append(weight.register_post_accumulate_grad_hook(add_square(name)))
-    try:
-        with torch.enable_grad():
-            for index in range(first, len(sequences)):
-                input_ids = sequences[index].to(device).unsqueeze(0)
-                loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-                if loss is None or not bool(loss.isfinite()):
-                    raise ValueError(
-                        f"calibration sequence {index} gives the loss "
-                        f"{None if loss is None else loss.item()}, which must be a finite number"
-                    )
-                (loss * scale).backward()
-                del loss
-                if after_sequence is not None:
-                    after_sequence(index + 1, fisher)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required in trainable.items():
-            parameter.requires_grad_(required)
-            parameter.grad = None
-        model.train(was_training)
-    for name, total in fisher.items():
-        if not bool(total.isfinite().all()):
-            raise ValueError(
-                f"the squared gradients of {name}.weight are not finite; "
-                f"calibrate in bfloat16 or float32, not {weights[name].dtype}"
-            )
-    return fisher
+    accumulate(model, sequences, [statistic], after_sequence=report)
+    return statistic.sums

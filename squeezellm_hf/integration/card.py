@@ -17,7 +17,7 @@ _BODY = """
 # {title}
 
 {original} quantized with [SqueezeLLM](https://arxiv.org/abs/2306.07629): every weight of the
-linear layers is an index into a table of its row, chosen by sensitivity-weighted k-means; the few
+linear layers is an index into a table of its row, chosen by {codebook}; the few
 outliers and most sensitive weights are kept at 16 bits in a sparse matrix.
 
 | | |
@@ -47,6 +47,13 @@ print(generate("The capital of France is", max_new_tokens=20)[0]["generated_text
 Nothing else needs to be imported: the installed package registers itself with Transformers.
 """
 
+_CODEBOOKS = {
+    "kmeans": "sensitivity-weighted k-means",
+    "lnq": "layer-wise non-uniform quantization (LNQ)",
+    "guided": "layer-wise non-uniform quantization guided by the end loss "
+    "([GuidedQuant](https://arxiv.org/abs/2505.07004))",
+}
+
 
 def model_card(model: Any, repository: str) -> ModelCard:
     """A card that states bits per weight, method, calibration data and how to load.
@@ -71,6 +78,7 @@ def model_card(model: Any, repository: str) -> ModelCard:
         title=repository.rpartition("/")[2],
         repository=repository,
         original=f"[{original}](https://huggingface.co/{original})" if original else "A model",
+        codebook=_CODEBOOKS[config.codebook],
         bits_per_weight=8 * sum(layer.weight_bytes for layer in layers) / weights,
         widths=", ".join(f"{bits} bits" for bits in sorted({layer.bits for layer in layers})),
         sparse=sum(layer.nnz for layer in layers) / weights,

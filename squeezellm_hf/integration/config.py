@@ -76,6 +76,14 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         sensitive_fraction: Part that is kept at 16 bits for its sensitivity (0.05 % in the
             paper). Both 0: dense only.
         solver: "lloyd", or "exact" for the optimal table of every row (slower).
+        codebook: How tables and indices are chosen: "kmeans", the paper's sensitivity-weighted
+            k-means; "lnq", which from there searches for the least change of each layer's
+            outputs; "guided" (GuidedQuant), the same with outputs weighted by squared gradients
+            of the loss. The last is the most accurate; both take several times as long.
+        guided_groups: Groups of output channels of a layer that get a Hessian of their own, of
+            in_features^2 values in 32 bits each, for codebook "guided".
+        lnq_rounds: How often tables and indices alternate, for codebooks "lnq" and "guided".
+        lnq_sweeps: Sweeps over the columns in each round, for codebooks "lnq" and "guided".
         modules_to_not_convert: More modules that stay as they are, beside the output head. A
             pattern names whole components of a module's dotted name ("mlp", "layers.0"), or is a
             regular expression after "re:", matched from the beginning of the name.
@@ -105,8 +113,9 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         distill_indices: Train the indices, too: 16 bytes more a weight while it lasts.
         tokenizer: Tokenizer, or the name of one. Default: the one that lies with the model.
         work_dir: Directory that keeps finished work, so that a killed run goes on where it was.
-            Needs 4 bytes a weight there. (Distillation writes 2 * hidden_size bytes a token there,
-            or into a temporary directory.)
+            Needs 4 bytes a weight there, for codebooks "lnq" and "guided" also the size of the
+            Hessians that fit in memory together, and for distillation 2 * hidden_size bytes a
+            token (without it, these go into a temporary directory).
         dequantize: On loading a quantized checkpoint: give back a plain model instead.
     """
 
@@ -115,6 +124,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     outlier_fraction: float = 0.004
     sensitive_fraction: float = 0.0005
     solver: str = "lloyd"
+    codebook: str = "kmeans"
+    guided_groups: int = 4
+    lnq_rounds: int = 2
+    lnq_sweeps: int = 4
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, dict[str, Any]] | None = None
     dataset: Any = "builtin"
@@ -155,6 +168,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             outlier_fraction=self.outlier_fraction,
             sensitive_fraction=self.sensitive_fraction,
             solver=self.solver,  # type: ignore[arg-type]
+            codebook=self.codebook,  # type: ignore[arg-type]
+            guided_groups=self.guided_groups,
+            lnq_rounds=self.lnq_rounds,
+            lnq_sweeps=self.lnq_sweeps,
         )
 
     @property

@@ -21,6 +21,7 @@ from squeezellm_hf.integration.distill import record, texts
 from squeezellm_hf.integration.tokenizer import tokenizer_for
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
+from squeezellm_hf.pipeline.plan import check_calibration
 
 RECORDED_VERSIONS = ("squeezellm-hf", "torch", "transformers")
 
@@ -96,7 +97,8 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
     """Choose the layers and read the calibration data; ``model`` may be on meta.
 
     Raises:
-        ValueError: if the model has nothing to quantize, or the data does not suffice.
+        ValueError: if the model has nothing to quantize, or the data does not suffice, or there is
+            none and a codebook needs it.
     """
     skip = HfQuantizer.get_modules_to_not_convert(
         model,
@@ -105,6 +107,7 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         add_default_skips=True,
     )
     plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
+    check_calibration(plan, config.dataset is not None)
     tokenizer = tokenizer if tokenizer is not None else config.tokenizer
     sequences = _sequences(model, config, tokenizer)
     return Run(config, plan, sequences, texts(model, config, tokenizer))

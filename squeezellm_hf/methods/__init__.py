@@ -17,7 +17,8 @@ class Method(NamedTuple):
 
     Attributes:
         parameters: frozen dataclass of the method's settings for one matrix.
-        quantize_weight: ``(weight, fisher, parameters, *, name) -> tensors of the checkpoint``.
+        quantize_weight: ``(weight, fisher, parameters, *, hessian, name) -> tensors of the
+            checkpoint``.
     """
 
     parameters: type

@@ -118,3 +118,13 @@ def make_plan(
             else f"{type(model).__name__} has nothing to quantize: it has no nn.Linear layer"
         )
     return plan
+
+
+def check_calibration(plan: Plan, has_data: bool) -> None:
+    """Raise ValueError, naming the layer, if a codebook needs Hessians and there is no data."""
+    for name, parameters in plan.items():
+        if parameters.hessian_groups is not None and not has_data:
+            raise ValueError(
+                f"codebook={parameters.codebook!r} of {name} needs calibration data and there is "
+                "none (dataset=None); give a dataset, or choose codebook='kmeans'"
+            )

@@ -1,16 +1,19 @@
 """Calibrate, quantize and swap the linear layers of a model, layer by layer."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from squeezellm_hf.calibration.fisher import calibrate_fisher
-from squeezellm_hf.methods.squeezellm import quantize_weight
+from squeezellm_hf.calibration.hessian import Hessians, shared_inputs
+from squeezellm_hf.methods.squeezellm import WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
-from squeezellm_hf.pipeline.plan import Plan
+from squeezellm_hf.pipeline import passes
+from squeezellm_hf.pipeline.calibrate import Calibration
+from squeezellm_hf.pipeline.plan import Plan, check_calibration
 from squeezellm_hf.pipeline.work_dir import WorkDir, fingerprint
 
 
@@ -21,12 +24,16 @@ def quantize_modules(
     *,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    hessian_budgets: Mapping[torch.device, int] | None = None,
 ) -> dict[str, SqueezeLLMLinear]:
     """Replace the linear layers named in ``plan`` by quantized ones, in place.
 
+    All statistics are of the original model. Where Hessians are needed and do not fit in memory
+    together, there are several passes over the data, and the layers are replaced after the last.
+
     Memory beside the model: the Fisher sum, 4 bytes per planned weight, of which each layer's
-    part is dropped once the layer is quantized; the activations of one sequence; the gradient of
-    one layer.
+    part is dropped once the layer is quantized; the Hessians of a pass; the activations of one
+    sequence; the gradient of one layer.
 
     Args:
         model: on its devices; not on meta.
@@ -36,33 +43,92 @@ def quantize_modules(
         work_dir: where finished work is kept. A run that was killed goes on from there and ends
             in the identical result.
         progress: show progress bars.
+        hessian_budgets: bytes for Hessians on each device that holds planned layers. Default:
+            :func:`squeezellm_hf.pipeline.passes.hessian_budgets`, half of what model and Fisher
+            sums leave.
 
     Returns:
         The quantized layers by name.
 
     Raises:
-        ValueError: naming the tensor, if a weight is not finite or lies on the meta device.
+        ValueError: naming the tensor, if a weight is not finite or lies on the meta device; if a
+            codebook needs Hessians and there are no ``sequences``.
     """
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in plan}
     _check_weights(model)
+    check_calibration(plan, sequences is not None)
     run = WorkDir(work_dir, fingerprint(model, sequences)) if work_dir is not None else None
     done = _finished(plan, run)
-    todo = {name: linear for name, linear in linears.items() if name not in done}
-    fisher = _fisher(model, todo, linears, sequences, run, progress) if todo else None
-    layers = {}
-    bar = tqdm(plan.items(), desc="Quantizing", unit="layer", disable=not progress)
-    for name, parameters in bar:
-        bar.set_postfix_str(name, refresh=False)
-        linear = linears.pop(name)
-        tensors = done.get(name)
-        if tensors is None:
-            sensitivity = fisher.pop(name) if fisher is not None else None
-            tensors = quantize_weight(linear.weight.detach(), sensitivity, parameters, name=name)
-            del sensitivity
-            if run is not None:
-                run.save_layer(name, parameters, tensors)
-        layers[name] = _swap(model, name, linear, tensors, parameters.bits)
-    return layers
+    shared = {}
+    if sequences is not None and any(p.hessian_groups == 0 for p in plan.values()):
+        shared = shared_inputs(model, linears, sequences[0])
+    budgets = hessian_budgets or passes.hessian_budgets(linears, model)
+    todo = passes.make_passes(plan, linears, shared, budgets)
+    calibration = (
+        Calibration(model, linears, sequences, shared, run, progress, len(todo) == 1)
+        if sequences is not None
+        else None
+    )
+    layers: dict[str, SqueezeLLMLinear] = {}
+    with tqdm(total=len(plan), desc="Quantizing", unit="layer", disable=not progress) as bar:
+        for number, each in enumerate(todo):
+            missing = [part for part in each.parts if not done.keys() >= set(part)]
+            fisher, hessians = None, None
+            if missing and calibration is not None:
+                title = f"Calibrating {number + 1}/{len(todo)}" if len(todo) > 1 else "Calibrating"
+                fisher, hessians = calibration.take(each.groups, title)
+            is_last = each is todo[-1]
+            for part in each.parts:
+                bar.set_postfix_str(part[0], refresh=False)
+                if part in missing:
+                    done |= _quantize(part, plan, linears, fisher, hessians, run)
+                bar.update(len(part))
+                if is_last:
+                    _swap_all(model, part, plan, linears, done, layers)
+            if calibration is not None:
+                calibration.drop(each.groups)
+        _swap_all(model, list(plan), plan, linears, done, layers)
+    return {name: layers[name] for name in plan}
+
+
+def _quantize(
+    part: list[str],
+    plan: Plan,
+    linears: dict[str, Any],
+    fisher: dict[str, Tensor] | None,
+    hessians: Hessians | None,
+    run: WorkDir | None,
+) -> dict[str, dict[str, Tensor]]:
+    """Quantize layers side by side, and keep them. Their part of the Fisher sums is dropped."""
+    matrices = [
+        WeightMatrix(
+            linears[name].weight.detach(),
+            fisher.pop(name) if fisher is not None else None,
+            plan[name],
+            hessians.of(name) if hessians is not None and name in hessians.linears else None,
+            name,
+        )
+        for name in part
+    ]
+    found = dict(zip(part, quantize_weights(matrices), strict=True))
+    if run is not None:
+        for name, tensors in found.items():
+            run.save_layer(name, plan[name], tensors)
+    return found
+
+
+def _swap_all(
+    model: nn.Module,
+    names: list[str],
+    plan: Plan,
+    linears: dict[str, Any],
+    done: dict[str, dict[str, Tensor]],
+    layers: dict[str, SqueezeLLMLinear],
+) -> None:
+    """Replace those of the layers that still are the original ones."""
+    for name in names:
+        if name not in layers:
+            layers[name] = _swap(model, name, linears.pop(name), done.pop(name), plan[name].bits)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -81,44 +147,6 @@ def _finished(plan: Plan, run: WorkDir | None) -> dict[str, dict[str, Tensor]]:
         return {}
     found = {name: run.load_layer(name, parameters) for name, parameters in plan.items()}
     return {name: tensors for name, tensors in found.items() if tensors is not None}
-
-
-def _fisher(
-    model: nn.Module,
-    todo: dict[str, Any],
-    linears: dict[str, Any],
-    sequences: Tensor | None,
-    run: WorkDir | None,
-    progress: bool,
-) -> dict[str, Tensor] | None:
-    """The Fisher sums of the layers that are still to be quantized."""
-    if sequences is None:
-        return None
-    total, first = None, 0
-    if run is not None:
-        total, first = run.load_fisher(
-            {name: layer.weight.device for name, layer in linears.items()}
-        )
-    n_samples = len(sequences)
-    with tqdm(
-        total=n_samples, initial=first, desc="Calibrating", unit="sequence", disable=not progress
-    ) as bar:
-
-        def after_sequence(count: int, sums: Any) -> None:
-            bar.update()
-            if run is not None:
-                run.save_fisher(sums, count, final=count == n_samples)
-
-        # All layers, also the finished ones: the sums on disk serve other bits, too.
-        total = calibrate_fisher(
-            model,
-            linears,
-            list(sequences),
-            fisher=total,
-            first=first,
-            after_sequence=after_sequence,
-        )
-    return {name: total[name] for name in todo}
 
 
 def _swap(

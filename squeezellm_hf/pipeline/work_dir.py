@@ -2,7 +2,7 @@
 
 Every file is named by a hash of all that it depends on (weights, token ids, parameters): a run
 with another model, other data or other bits never picks up a wrong one, and one that differs in
-the bits alone finds the Fisher information ready.
+the bits alone finds the Fisher information ready, and Hessians that fit in memory together.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# Fisher sums are written at most so often, and only where writing takes a small part of the time.
+# Sums are written at most so often, and only where writing takes a small part of the time.
 SECONDS_BETWEEN_WRITES = 60.0
 WRITE_SHARE = 0.05
 SAMPLED_VALUES = 4096
@@ -37,7 +37,7 @@ def fingerprint(model: nn.Module, sequences: Tensor | None) -> str:
 
 
 class WorkDir:
-    """Fisher sums and finished layers of the runs that share a directory.
+    """Sums over the data and finished layers of the runs that share a directory.
 
     Args:
         path: created if it does not exist.
@@ -48,22 +48,27 @@ class WorkDir:
         self.path = Path(path)
         self.run = run
         self.path.mkdir(parents=True, exist_ok=True)
-        self._last_write = time.monotonic()
-        self._write_seconds = 0.0
+        self._start = time.monotonic()
+        # When each label was written, and how long that took.
+        self._writes: dict[str, tuple[float, float]] = {}
 
-    @property
-    def _fisher_path(self) -> Path:
-        return self.path / f"fisher-{self.run[:16]}.safetensors"
+    def _sums_path(self, label: str) -> Path:
+        return self.path / f"{label}-{self.run[:16]}.safetensors"
 
     def _layer_path(self, name: str, parameters: Any) -> Path:
         key = hashlib.sha256(f"{self.run} {name} {parameters}".encode()).hexdigest()[:16]
         return self.path / f"layer-{name}-{key}.safetensors"
 
-    def load_fisher(
-        self, devices: Mapping[str, torch.device]
+    def load_sums(
+        self, label: str, devices: Mapping[str, torch.device]
     ) -> tuple[dict[str, Tensor] | None, int]:
-        """The Fisher sums on ``devices`` and the number of sequences in them; (None, 0) if none."""
-        path = self._fisher_path
+        """Sums on ``devices`` and the number of sequences in them; (None, 0) if none are kept.
+
+        Args:
+            label: what is summed: "fisher", or a name for some layers' Hessians.
+            devices: by name of the sum.
+        """
+        path = self._sums_path(label)
         if not path.exists():
             return None, 0
         try:
@@ -73,16 +78,22 @@ class WorkDir:
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged; delete it to calibrate anew: {error}") from error
 
-    def save_fisher(self, fisher: Mapping[str, Tensor], sequences: int, *, final: bool) -> None:
-        """Write the sums, unless it is too early for another write and they are not ``final``."""
-        elapsed = time.monotonic() - self._last_write
-        pause = max(SECONDS_BETWEEN_WRITES, self._write_seconds / WRITE_SHARE)
-        if not final and elapsed < pause:
-            return
+    def save_sums(
+        self, label: str, sums: Mapping[str, Tensor], sequences: int, *, final: bool
+    ) -> None:
+        """Write sums, unless it is too early for another write and they are not ``final``."""
+        last, seconds = self._writes.get(label, (self._start, 0.0))
+        pause = max(SECONDS_BETWEEN_WRITES, seconds / WRITE_SHARE)
         start = time.monotonic()
-        self._write(self._fisher_path, fisher, {"sequences": str(sequences)})
-        self._last_write = time.monotonic()
-        self._write_seconds = self._last_write - start
+        if not final and start - last < pause:
+            return
+        self._write(self._sums_path(label), sums, {"sequences": str(sequences)})
+        end = time.monotonic()
+        self._writes[label] = end, end - start
+
+    def drop_sums(self, label: str) -> None:
+        """Delete sums that nothing needs any more."""
+        self._sums_path(label).unlink(missing_ok=True)
 
     def load_layer(self, name: str, parameters: Any) -> dict[str, Tensor] | None:
         """The quantized tensors of a layer, or None if it is not finished."""

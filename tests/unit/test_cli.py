@@ -99,6 +99,27 @@ def test_flags_reach_the_config(original: Path, text: Path, tmp_path: Path) -> N
     assert record["solver"] == "exact"
 
 
+def test_codebook_flags_reach_the_config(original: Path, text: Path, tmp_path: Path) -> None:
+    arguments = [
+        *("--codebook", "guided", "--guided-groups", "2", "--lnq-rounds", "1", "--lnq-sweeps", "3"),
+        *("--overrides", '{"re:.*down_proj": {"codebook": "lnq"}}'),
+        *("--dataset", str(text), *FAST),
+    ]
+    assert main(["quantize", str(original), str(tmp_path / "out"), *arguments]) == 0
+    assert len(layers(tmp_path / "out")) == 14
+    record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (record["codebook"], record["guided_groups"]) == ("guided", 2)
+    assert (record["lnq_rounds"], record["lnq_sweeps"]) == (1, 3)
+
+
+def test_a_codebook_without_its_data_is_an_error(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(original), str(tmp_path / "out"), "--dataset", "none"]
+    assert main([*command, "--codebook", "lnq"]) == 1
+    assert "codebook='lnq' of model.layers.0" in capsys.readouterr().err
+
+
 def test_without_calibration_data(original: Path, tmp_path: Path) -> None:
     assert main(["quantize", str(original), str(tmp_path / "out"), "--dataset", "none"]) == 0
     record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -112,15 +133,15 @@ def test_resume_ends_in_the_same_checkpoint(
 
     out = tmp_path / "out"
     command = ["quantize", str(original), str(out), "--dataset", str(text), *FAST, "--resume"]
-    quantize_weight, calls = pipeline.quantize_weight, []
+    quantize_weights, calls = pipeline.quantize_weights, []
 
-    def killed(*arguments: Any, **named: Any) -> Any:
-        calls.append(named)
+    def killed(matrices: Any) -> Any:
+        calls.append(matrices)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return quantize_weight(*arguments, **named)
+        return quantize_weights(matrices)
 
-    monkeypatch.setattr(pipeline, "quantize_weight", killed)
+    monkeypatch.setattr(pipeline, "quantize_weights", killed)
     assert main(command) == 130
     assert not out.exists()
     assert (tmp_path / "out.work").is_dir()

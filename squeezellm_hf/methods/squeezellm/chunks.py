@@ -1,10 +1,13 @@
 """Rows of a matrix in chunks, on a CPU several chunks at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Cells of a chunk, for tables of up to _NARROW entries. On a CPU the temporaries (about 100 bytes
 # a cell at 4 bits) then stay near a core's caches; elsewhere few launches matter more.
@@ -30,14 +33,19 @@ def for_each_chunk(matrix: Tensor, bits: int, task: Callable[[slice], None]) -> 
     threads = torch.get_num_threads() if on_cpu else 1
     cells = (_CPU_CELLS if on_cpu else _DEVICE_CELLS) // max(1, 2**bits // _NARROW)
     step = max(1, min(cells // columns, -(-rows // threads)))
-    slices = [slice(start, start + step) for start in range(0, rows, step)]
-    if threads == 1 or len(slices) == 1:
-        for rows_of_chunk in slices:
-            task(rows_of_chunk)
+    in_threads(task, [slice(start, start + step) for start in range(0, rows, step)], on_cpu=on_cpu)
+
+
+def in_threads(task: Callable[[T], None], arguments: Sequence[T], *, on_cpu: bool) -> None:
+    """Call ``task`` with every argument, on a CPU several calls at once."""
+    threads = torch.get_num_threads() if on_cpu else 1
+    if threads == 1 or len(arguments) <= 1:
+        for argument in arguments:
+            task(argument)
         return
     try:
         with ThreadPoolExecutor(threads, initializer=_start_thread) as pool:
-            list(pool.map(task, slices))
+            list(pool.map(task, arguments))
     finally:
         # A thread's setting is also the default of threads that start later.
         torch.set_num_threads(threads)

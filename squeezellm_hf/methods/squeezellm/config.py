@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Solver = Literal["lloyd", "exact"]
+Codebook = Literal["kmeans", "lnq", "guided"]
 
 MAX_BITS = 8
 MAX_FRACTION = 0.5
@@ -22,6 +23,13 @@ class SqueezeLLMParameters:
             information (0.05 % there). Without Fisher information nothing is kept for it.
         solver: ``"lloyd"``, a near-optimal start and Lloyd's iteration to convergence, or
             ``"exact"``, the optimum by dynamic programming, some twenty times slower.
+        codebook: ``"kmeans"``, sensitivity-weighted k-means, the method of the paper; ``"lnq"``,
+            which from there minimises the squared change of the layer's outputs; ``"guided"``,
+            the same with outputs weighted by squared gradients of the loss (GuidedQuant, arXiv
+            2505.07004). The latter two need Hessians.
+        guided_groups: groups of output channels with a Hessian of their own, for ``"guided"``.
+        lnq_rounds: how often tables and assignment alternate, at least 1.
+        lnq_sweeps: sweeps of coordinate descent a round, at least 1.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -31,6 +39,10 @@ class SqueezeLLMParameters:
     outlier_fraction: float = 0.004
     sensitive_fraction: float = 0.0005
     solver: Solver = "lloyd"
+    codebook: Codebook = "kmeans"
+    guided_groups: int = 4
+    lnq_rounds: int = 2
+    lnq_sweeps: int = 4
 
     def __post_init__(self) -> None:
         bits = self.bits
@@ -40,6 +52,17 @@ class SqueezeLLMParameters:
             _check_fraction(name, getattr(self, name))
         if self.solver not in get_args(Solver):
             raise ValueError(f"solver must be one of {get_args(Solver)}, got {self.solver!r}")
+        if self.codebook not in get_args(Codebook):
+            raise ValueError(f"codebook must be one of {get_args(Codebook)}, got {self.codebook!r}")
+        for name in ("guided_groups", "lnq_rounds", "lnq_sweeps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    @property
+    def hessian_groups(self) -> int | None:
+        """Groups of guided Hessians that a layer needs; 0 for a plain one, None for none."""
+        return {"kmeans": None, "lnq": 0, "guided": self.guided_groups}[self.codebook]
 
 
 def _check_fraction(name: str, value: object) -> None:

@@ -1,6 +1,9 @@
-"""What k-means minimises, for reports and tests."""
+"""What the codebook solvers minimise, for reports and tests."""
 
+import torch
 from torch import Tensor
+
+from squeezellm_hf.calibration.hessian import channel_groups
 
 
 def weighted_squared_error(
@@ -18,3 +21,23 @@ def weighted_squared_error(
     """
     error = (weight.double() - dequantized.double()).square_()
     return (error if fisher is None else error.mul_(fisher)).sum(dim=1)
+
+
+def quadratic_error(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> Tensor:
+    """Per row, (dequantized - w) H_g (dequantized - w)^T, with H_g the Hessian of its group.
+
+    Args:
+        weight: [out_features, in_features].
+        dequantized: [out_features, in_features], dense and sparse part together.
+        hessian: [groups, in_features, in_features].
+
+    Returns:
+        fp64 [out_features].
+    """
+    error = dequantized.double() - weight.double()
+    groups = channel_groups(weight.shape[0], hessian.shape[0])
+    parts = [
+        ((error[rows] @ h.double()) * error[rows]).sum(dim=1)
+        for rows, h in zip(groups, hessian, strict=True)
+    ]
+    return torch.cat(parts)

@@ -8,7 +8,7 @@ from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters, quantize_weig
 
 def test_defaults_are_those_of_the_paper() -> None:
     parameters = SqueezeLLMParameters()
-    assert (parameters.bits, parameters.solver) == (4, "lloyd")
+    assert (parameters.bits, parameters.solver, parameters.codebook) == (4, "lloyd", "kmeans")
     assert (parameters.outlier_fraction, parameters.sensitive_fraction) == (0.004, 0.0005)
 
 
@@ -54,3 +54,22 @@ def test_registry_finds_the_method() -> None:
 def test_unknown_method_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="method must be one of"):
         get_method(name)
+
+
+@pytest.mark.parametrize("value", ["k-means", "LNQ", None, 3, ["lnq"]])
+def test_unknown_codebook_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"codebook must be one of .*guided.*, got"):
+        SqueezeLLMParameters(codebook=value)
+
+
+@pytest.mark.parametrize("name", ["guided_groups", "lnq_rounds", "lnq_sweeps"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, None])
+def test_counts_below_one_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got"):
+        SqueezeLLMParameters(**{name: value})
+
+
+def test_which_hessians_a_codebook_needs() -> None:
+    assert SqueezeLLMParameters().hessian_groups is None
+    assert SqueezeLLMParameters(codebook="lnq").hessian_groups == 0
+    assert SqueezeLLMParameters(codebook="guided", guided_groups=3).hessian_groups == 3
