@@ -57,6 +57,8 @@ cudaError_t dequantize(const DequantizeCall& call);
 cudaError_t linear_small_batch(const LinearCall& call);
 // Any batch, to be followed by finish_linear; only where is_aligned(call).
 cudaError_t linear_tensor_core(const LinearCall& call);
+// Any batch on compute capability 9.0; only where is_aligned(call).
+cudaError_t linear_warpgroup(const LinearCall& call);
 cudaError_t finish_linear(const LinearCall& call);
 
 constexpr int kSmallBatch = 8;
