@@ -12,6 +12,8 @@
 // An instruction of the tensor core multiplies 64 lines of one tile, which each warpgroup has for itself,
 // by all lines of the other. Where the batch is small, the latter are the rows of W; where it is large,
 // they are activations.
+#include <algorithm>
+
 #include "row_table.cuh"
 #include "sparse_cursor.cuh"
 #include "tensor_copy.cuh"
@@ -40,7 +42,7 @@ struct Tile {
   static constexpr int kGroups = (kWeightsRight ? kBatch : kRows) / kGroupLines;
   static constexpr int kProductThreads = kGroups * kGroupThreads;
   // Threads that dequantize a row, each a part of the slice; the parts' tiles take turns.
-  static constexpr int kParts = kBatch <= 64 ? 4 : 2;
+  static constexpr int kParts = kBatch <= 64 ? 4 : kBatch <= 128 ? 3 : 2;
   static constexpr int kPartWarps = kRows / kWarpLanes;
   static constexpr int kDequantizeWarps = kParts * kPartWarps;
   static constexpr int kDequantizeThreads = kDequantizeWarps * kWarpLanes;
@@ -48,7 +50,7 @@ struct Tile {
   // 65536 / kThreads registers are too few for a thread's sums of 256 lines.
   static constexpr bool kMovesRegisters = kProducts > 1;
 
-  static constexpr int kSlots = kBatch <= 128 ? 5 : 3;
+  static constexpr int kSlots = kBatch <= 64 ? 5 : kBatch <= 128 ? 4 : 3;
   static constexpr int kPackedSlots = kBatch <= 128 ? 2 : 3;
   static constexpr int kPackedRowBytes = kPackedColumns * kBits / 8;
   // Of the sums in shared memory: what a warp writes at once lies in different banks.
@@ -244,16 +246,15 @@ __device__ __forceinline__ void dequantize_rows(const LutWeight& weight, bool co
 // The product of a warpgroup's 64 lines of one tile and all lines of the other, over all stages. A stage
 // is waited for when the next one's products have been given to the tensor core. The addresses are
 // made beforehand: this loop's instructions are what the tensor core waits for.
-template <class Tile>
+template <class Tile, int kGroup>
 __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, Shared<Tile>& shared, int stages) {
   const bool first_lane = threadIdx.x % kWarpLanes == 0;
-  const int group = Tile::kGroups == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
   const uint32_t ready = shared_address(shared.ready);
   const uint32_t free = shared_address(shared.free);
   constexpr int kLineBytes = kStageColumns * 2;
   const uint32_t weights = shared_address(shared.slots[0].weights);
   const uint32_t x = shared_address(shared.slots[0].x);
-  const uint64_t left = matrix_descriptor((Tile::kWeightsRight ? x : weights) + group * kGroupLines * kLineBytes);
+  const uint64_t left = matrix_descriptor((Tile::kWeightsRight ? x : weights) + kGroup * kGroupLines * kLineBytes);
   const uint64_t right = matrix_descriptor(Tile::kWeightsRight ? weights : x);
   constexpr uint32_t kBarrierBytes = sizeof(uint64_t);
   Place<Tile::kSlots> place;
@@ -345,6 +346,23 @@ __device__ __forceinline__ void add_slices(const LinearCall& call, const float* 
   }
 }
 
+// What a warpgroup does. The group is known at compile time: the tensor core takes addresses from
+// registers that all threads share.
+template <class Tile, int kGroup>
+__device__ __forceinline__ void multiply(const LinearCall& call, Shared<Tile>& shared, const Work& work) {
+  if constexpr (Tile::kMovesRegisters) take_registers<kProductRegisters>();
+  typename Tile::Sums sums = {};
+  multiply_stages<Tile, kGroup>(sums, shared, work.part_stages * Tile::kParts);
+  // The tiles make room for the sums.
+  static_assert(Tile::kBatch * Tile::kSumStride * sizeof(float) <= sizeof(shared.slots));
+  synchronize(1, Tile::kProductThreads);
+  float* slice_sums = reinterpret_cast<float*>(shared.slots);
+  store_sums<Tile>(slice_sums, sums);
+  synchronize_cluster();
+  add_slices<Tile>(call, slice_sums, work);
+  synchronize_cluster();
+}
+
 #endif
 
 template <class Tile>
@@ -364,19 +382,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     prefetch_map(x_map);
   }
   __syncthreads();
+  wait_for_last_kernel();
 
-  if (threadIdx.x < Tile::kProductThreads) {
-    if constexpr (Tile::kMovesRegisters) take_registers<kProductRegisters>();
-    typename Tile::Sums sums = {};
-    multiply_stages(sums, shared, part_stages * Tile::kParts);
-    // The tiles make room for the sums.
-    static_assert(Tile::kBatch * Tile::kSumStride * sizeof(float) <= offsetof(Shared<Tile>, packed));
-    synchronize(1, Tile::kProductThreads);
-    float* slice_sums = reinterpret_cast<float*>(memory);
-    store_sums<Tile>(slice_sums, sums);
-    synchronize_cluster();
-    add_slices<Tile>(call, slice_sums, work);
-    synchronize_cluster();
+  if (threadIdx.x < kGroupThreads) {
+    multiply<Tile, 0>(call, shared, work);
+  } else if (threadIdx.x < Tile::kProductThreads) {
+    multiply<Tile, 1>(call, shared, work);
   } else {
     if constexpr (Tile::kMovesRegisters) give_up_registers<kDequantizeRegisters>();
     dequantize_rows(call.weight, copies_entries, packed_map, x_map, shared, work);
@@ -399,10 +410,10 @@ cudaError_t make_maps(const LinearCall& call, CUtensorMap& packed_map, CUtensorM
                                                : CU_TENSOR_MAP_SWIZZLE_32B;
   const auto columns = static_cast<uint64_t>(weight.in_features);
   const auto words = static_cast<uint64_t>(weight.words_per_row);
-  const cudaError_t error =
-      make_tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.qweight, words, static_cast<uint64_t>(weight.out_features),
-                       words * 4, Tile::kPackedRowBytes / 4, kWarpLanes, kSwizzle},
-                      packed_map);
+  const cudaError_t error = make_tensor_map(
+      {CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.qweight, words, static_cast<uint64_t>(weight.out_features), words * 4,
+       Tile::kPackedRowBytes / 4, kWarpLanes, kSwizzle},
+      packed_map);
   if (error != cudaSuccess) return error;
   return make_tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT16, call.x, columns, static_cast<uint64_t>(call.batch),
                           columns * 2, kStageColumns, Tile::kBatch, CU_TENSOR_MAP_SWIZZLE_128B},
@@ -423,16 +434,18 @@ cudaError_t launch(const LinearCall& call, const Plan& plan) {
   if (error != cudaSuccess) return error;
   const int batch_tiles = divide_up(call.batch, Tile::kBatch);
   const int row_tiles = divide_up(call.weight.out_features, kRows);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.slices), 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(plan.slices), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(row_tiles * batch_tiles * plan.slices));
   config.blockDim = dim3(Tile::kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = call.stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   const bool copies_entries = call.weight.crow_indices != nullptr && can_copy_entries(call.weight);
   return cudaLaunchKernelEx(&config, kernel, packed_map, x_map, call, plan.part_stages, batch_tiles, copies_entries);
 }
@@ -443,10 +456,11 @@ struct TileShape {
   int parts;
   int stage_clocks;
 };
-constexpr TileShape kTileShapes[] = {{64, 4, 500}, {128, 2, 750}, {256, 2, 1250}};
+constexpr TileShape kTileShapes[] = {{64, 4, 740}, {128, 3, 970}, {256, 2, 1500}};
 
-// Blocks that are resident in clusters of so many on an H100 or H200 of 132 multiprocessors: its groups of 14 to
-// 18 multiprocessors hold whole clusters.
+// Blocks that an H100 or H200 of 132 multiprocessors holds at a time in clusters of so many: the groups
+// in which the multiprocessors are made hold whole clusters only.
+constexpr int kMultiprocessors = 132;
 constexpr int kResident[kMostSlices + 1] = {0, 132, 132, 117, 120, 110, 102, 105, 120};
 
 // The division that takes the fewest clocks, by that measure.
@@ -459,7 +473,7 @@ Plan make_plan(const LinearCall& call) {
     for (int slices = 1; slices <= kMostSlices; ++slices) {
       const int packed_tiles = divide_up(call.weight.in_features, kPackedColumns * shape.parts * slices);
       const int part_stages = packed_tiles * kStagesPerPacked;
-      const int64_t resident = kResident[slices];
+      const int resident = std::max(slices, kResident[slices] * call.multiprocessors / kMultiprocessors);
       const int64_t rounds = (tiles * slices + resident - 1) / resident;
       const int64_t clocks = rounds * (int64_t{part_stages} * shape.parts * shape.stage_clocks + kStartClocks);
       if (clocks >= least) continue;
@@ -493,6 +507,14 @@ cudaError_t launch_bits(const LinearCall& call) {
 }
 
 }  // namespace
+
+bool has_warpgroup_kernel(const LinearCall& call) {
+#ifdef SQUEEZELLM_HF_SM90A
+  return call.compute_capability == 90;
+#else
+  return false;
+#endif
+}
 
 cudaError_t linear_warpgroup(const LinearCall& call) {
   return call.dtype == DType::kFloat16 ? launch_bits<__half>(call) : launch_bits<__nv_bfloat16>(call);

@@ -56,9 +56,13 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
   return out;
 }
 
-// Beyond, dequantizing is repaid by the library's matrix product: measured on an H200.
-constexpr int64_t kFusedBatch = 256;
-constexpr int64_t kFusedSparseBatch = 128;
+// The largest batch for which the weight is not dequantized first: beyond, that is repaid by the library's
+// matrix product. Measured on an H200.
+int64_t most_fused(const LinearCall& call) {
+  const bool sparse = call.weight.crow_indices != nullptr;
+  if (has_warpgroup_kernel(call)) return sparse ? 512 : 1024;
+  return sparse ? 128 : 256;
+}
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
 bool fits(const LinearCall& call) {
@@ -98,8 +102,11 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
   call.x = x_contiguous.const_data_ptr();
   const bool small = batch <= kSmallBatch;
-  const int64_t most = call.weight.crow_indices == nullptr ? kFusedBatch : kFusedSparseBatch;
-  if (!fits(call) || batch > most || (!small && !is_aligned(call))) {
+  call.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  call.shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  call.compute_capability = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                            device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  if (!fits(call) || batch > most_fused(call) || (!small && !is_aligned(call))) {
     // A 16-bit product of tables beyond fp16's range goes through fp32.
     const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
     const ScalarType dtype = through_fp32 ? ScalarType::Float : x.scalar_type();
@@ -108,12 +115,10 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     return torch::stable::to(linear(torch::stable::to(x, dtype), weight, bias_contiguous), x.scalar_type());
   }
   Tensor y = torch::stable::new_empty(x, y_sizes);
-  call.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  call.shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   call.batch = static_cast<int>(batch);
   call.y = y.mutable_data_ptr();
-  if (small) {
-    check_launch(linear_small_batch(call));
+  if (small || has_warpgroup_kernel(call)) {
+    check_launch(small ? linear_small_batch(call) : linear_warpgroup(call));
     return y;
   }
   const Tensor workspace = torch::stable::new_empty(x, {linear_slices(call), batch, out_features}, ScalarType::Float);

@@ -69,11 +69,12 @@ __device__ __forceinline__ uint4 look_up_nibbles(const RowTable<kBits>& table, u
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t entry = within >> 16 * half;
+    const uint32_t part = choice >> 16 * half;
     uint32_t high = permute(table.high[0], table.high[1], entry);
     uint32_t low = permute(table.low[0], table.low[1], entry);
     if constexpr (kBits == 4) {
-      high = permute(high, permute(table.high[2], table.high[3], entry), choice >> 16 * half);
-      low = permute(low, permute(table.low[2], table.low[3], entry), choice >> 16 * half);
+      high = permute(high, permute(table.high[2], table.high[3], entry), part);
+      low = permute(low, permute(table.low[2], table.low[3], entry), part);
     }
     values[2 * half] = permute(low, high, 0x5140);
     values[2 * half + 1] = permute(low, high, 0x7362);

@@ -86,6 +86,12 @@ __device__ __forceinline__ int cluster_size() {
   return size;
 }
 
+// For a kernel launched while the one before it in the stream still ran: returns when that is done and
+// its writes can be seen, and lets the next one come as early.
+__device__ __forceinline__ void wait_for_last_kernel() {
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // All threads of the cluster's blocks that have not ended.
 __device__ __forceinline__ void synchronize_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

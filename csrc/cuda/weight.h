@@ -40,7 +40,8 @@ struct LinearCall {
   // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
   void* transposed_x;
   int multiprocessors;
-  int shared_memory;  // bytes that a block may have
+  int compute_capability;  // 10 major + minor
+  int shared_memory;       // bytes that a block may have
   cudaStream_t stream;
 };
 
@@ -57,9 +58,12 @@ cudaError_t dequantize(const DequantizeCall& call);
 cudaError_t linear_small_batch(const LinearCall& call);
 // Any batch, to be followed by finish_linear; only where is_aligned(call).
 cudaError_t linear_tensor_core(const LinearCall& call);
-// Any batch on compute capability 9.0; only where is_aligned(call).
-cudaError_t linear_warpgroup(const LinearCall& call);
 cudaError_t finish_linear(const LinearCall& call);
+// Any batch, and all of it; only where is_aligned(call) and has_warpgroup_kernel(call).
+cudaError_t linear_warpgroup(const LinearCall& call);
+
+// Whether the device has what linear_warpgroup needs, and this library was built for it.
+bool has_warpgroup_kernel(const LinearCall& call);
 
 constexpr int kSmallBatch = 8;
 

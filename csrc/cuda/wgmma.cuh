@@ -12,9 +12,9 @@
 namespace squeezellm_hf::cuda {
 
 constexpr int kGroupThreads = 128;
-constexpr int kGroupLines = 64;    // of a product's left operand
+constexpr int kGroupLines = 64;     // of a product's left operand
 constexpr int kProductLines = 128;  // of its right operand
-constexpr int kProductDepth = 16;  // numbers of a line that one product takes
+constexpr int kProductDepth = 16;   // numbers of a line that one product takes
 
 #ifdef SQUEEZELLM_HF_WGMMA
 
@@ -61,18 +61,18 @@ __device__ void multiply_group(float (&sums)[kProductLines / 8][4], uint64_t a, 
 #define SUMS_4(n) SUMS_2(n), SUMS_2(n + 2)
 #define SUMS_8(n) SUMS_4(n), SUMS_4(n + 4)
 #define SUMS_16(n) SUMS_8(n), SUMS_8(n + 8)
-#define MULTIPLY_GROUP(type, name)                                                                                     \
-  template <>                                                                                                          \
-  __device__ __forceinline__ void multiply_group<type>(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b) {  \
-    asm volatile(                                                                                                      \
-        "{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {"      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                      \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                              \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                              \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                             \
-        "%64, %65, add, 1, 1, 0, 0;}"                                                                                  \
-        : SUMS_16(0)                                                                                                   \
-        : "l"(a), "l"(b));                                                                                             \
+#define MULTIPLY_GROUP(type, name)                                                                                    \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void multiply_group<type>(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b) { \
+    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name \
+                 " {"                                                                                                 \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
+                 "%64, %65, add, 1, 1, 0, 0;}"                                                                        \
+                 : SUMS_16(0)                                                                                         \
+                 : "l"(a), "l"(b));                                                                                   \
   }
 
 MULTIPLY_GROUP(__half, "f16")
