@@ -29,9 +29,9 @@ def last_level_cache_bytes(default: int = 32 << 20) -> int:
     return max(sizes, default=default)
 
 
-def stamp() -> dict[str, Any]:
-    """Date, machine and software of a run, for its JSON."""
-    return {
+def stamp(device: str = "cpu") -> dict[str, Any]:
+    """Date, machine and software of a run on ``device``, for its JSON."""
+    return (_gpu() if device == "cuda" else {}) | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -41,6 +41,16 @@ def stamp() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "instruction_set": native.status().instruction_set,
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_cache_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
     }
 
 

@@ -16,7 +16,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import hardware
 import torch
@@ -51,20 +50,22 @@ class Result:
     share_of_bandwidth: float
 
 
-def quantized_weight(out_features: int, in_features: int, bits: int, sparse: bool) -> Quantized:
+def quantized_weight(
+    out_features: int, in_features: int, bits: int, sparse: bool, device: str = "cuda"
+) -> Quantized:
     """A random weight in the checkpoint's tensors, made on the device."""
     words = -(-in_features * bits // 32)
     limits = torch.iinfo(torch.int32)
     qweight = torch.randint(
-        limits.min, limits.max, (out_features, words), dtype=torch.int32, device="cuda"
+        limits.min, limits.max, (out_features, words), dtype=torch.int32, device=device
     )
     if used := in_features * bits % 32:
         qweight[:, -1] &= 2**used - 1
-    table = torch.randn(out_features, 2**bits, device="cuda") * 0.02
+    table = torch.randn(out_features, 2**bits, device=device) * 0.02
     tensors = {"qweight": qweight, "lookup_table": table.sort(1).values.half()}
     if sparse:
-        mask = torch.rand(out_features, in_features, device="cuda") < SPARSE_FRACTION
-        values = (torch.randn(out_features, in_features, device="cuda") * 0.1).half()
+        mask = torch.rand(out_features, in_features, device=device) < SPARSE_FRACTION
+        values = (torch.randn(out_features, in_features, device=device) * 0.1).half()
         tensors |= csr.csr_from_dense(mask, values)._asdict()
     return tensors
 
@@ -205,16 +206,6 @@ def print_tables(results: list[Result], batches: list[int], dtype: str, bandwidt
         Console(width=200).print(table)
 
 
-def stamp() -> dict[str, Any]:
-    device = torch.cuda.get_device_properties(0)
-    return hardware.stamp() | {
-        "device": device.name,
-        "multiprocessors": device.multi_processor_count,
-        "l2_cache_bytes": device.L2_cache_size,
-        "cuda": torch.version.cuda,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -241,7 +232,7 @@ def main() -> None:
     print_tables(results, args.batches, args.dtype, bandwidth)
     if args.json is not None:
         document = {
-            "hardware": stamp(),
+            "hardware": hardware.stamp("cuda"),
             "read_bandwidth_bytes_per_s": bandwidth,
             "dtype": args.dtype,
             "results": [asdict(result) for result in results],

@@ -12,8 +12,10 @@ std::string describe(const Tensor& tensor) {
   return text + "]";
 }
 
-// `expected` in words; dimensions are -1 where any size will do.
-void check(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, const std::string& expected,
+// Dimensions are -1 where any size will do. `expected()` says in words what the tensor must be, only
+// when it is not: an op call has a few microseconds for everything.
+template <class Expected>
+void check(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, const Expected& expected,
            bool right_dtype) {
   bool fits = right_dtype && tensor.dim() == static_cast<int64_t>(sizes.size());
   int64_t d = 0;
@@ -21,7 +23,7 @@ void check(const char* name, const Tensor& tensor, std::initializer_list<int64_t
     fits = fits && (size < 0 || tensor.size(d) == size);
     ++d;
   }
-  if (!fits) fail(std::string(name) + " must be " + expected + ", got " + describe(tensor));
+  if (!fits) fail(std::string(name) + " must be " + expected() + ", got " + describe(tensor));
   if (!tensor.is_cpu()) fail(std::string(name) + " must be on the CPU like the other tensors");
   if (!tensor.is_contiguous()) fail(std::string(name) + " must be contiguous");
 }
@@ -71,14 +73,15 @@ LutWeight check_weight(const Tensor& qweight, const Tensor& lookup_table, const 
   weight.out_features = qweight.dim() == 2 ? qweight.size(0) : -1;
   const int64_t out = weight.out_features;
 
-  check("qweight", qweight, {-1, weight.words_per_row},
-        "int32 [out_features, " + std::to_string(weight.words_per_row) + "] for " + std::to_string(in_features) +
-            " in_features at " + std::to_string(bits) + " bits",
-        qweight.scalar_type() == ScalarType::Int);
+  const auto packed = [&] {
+    return "int32 [out_features, " + std::to_string(weight.words_per_row) + "] for " + std::to_string(in_features) +
+           " in_features at " + std::to_string(bits) + " bits";
+  };
+  check("qweight", qweight, {-1, weight.words_per_row}, packed, qweight.scalar_type() == ScalarType::Int);
   if (out > INT32_MAX) fail("qweight must have at most 2147483647 rows, got " + std::to_string(out));
   const int64_t entries = int64_t{1} << bits;
-  check("lookup_table", lookup_table, {out, entries}, "float32, bfloat16 or float16 " + sizes(out, entries),
-        is_float(lookup_table));
+  const auto table = [&] { return "float32, bfloat16 or float16 " + sizes(out, entries); };
+  check("lookup_table", lookup_table, {out, entries}, table, is_float(lookup_table));
   weight.qweight = static_cast<const uint32_t*>(qweight.const_data_ptr());
   weight.lookup_table = lookup_table.const_data_ptr();
   weight.table_dtype = check_floats("lookup_table", lookup_table);
@@ -88,13 +91,13 @@ LutWeight check_weight(const Tensor& qweight, const Tensor& lookup_table, const 
   if (given != 3) fail("crow_indices, col_indices and values must be given together or not at all");
 
   const bool narrow = col_indices->scalar_type() == ScalarType::Short;
-  check("crow_indices", *crow_indices, {out + 1}, "int32 " + sizes(out + 1),
-        crow_indices->scalar_type() == ScalarType::Int);
-  check("col_indices", *col_indices, {-1}, "int16 (holding uint16) or int32 [nnz]",
-        narrow || col_indices->scalar_type() == ScalarType::Int);
+  const auto pointers = [&] { return "int32 " + sizes(out + 1); };
+  check("crow_indices", *crow_indices, {out + 1}, pointers, crow_indices->scalar_type() == ScalarType::Int);
+  const auto columns = [] { return "int16 (holding uint16) or int32 [nnz]"; };
+  check("col_indices", *col_indices, {-1}, columns, narrow || col_indices->scalar_type() == ScalarType::Int);
   weight.nnz = col_indices->size(0);
-  check("values", *values, {weight.nnz}, "float32, bfloat16 or float16 " + sizes(weight.nnz) + " like col_indices",
-        is_float(*values));
+  const auto floats = [&] { return "float32, bfloat16 or float16 " + sizes(weight.nnz) + " like col_indices"; };
+  check("values", *values, {weight.nnz}, floats, is_float(*values));
   weight.crow_indices = static_cast<const int32_t*>(crow_indices->const_data_ptr());
   weight.col_indices = col_indices->const_data_ptr();
   weight.values = values->const_data_ptr();

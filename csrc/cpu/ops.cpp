@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "../empty.h"
 #include "checks.h"
 #include "instruction_set.h"
 
@@ -65,7 +66,7 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     call.bias = bias_contiguous.const_data_ptr();
   }
 
-  Tensor y = torch::stable::new_empty(x, y_sizes);
+  Tensor y = empty(x, y_sizes);
   if (call.batch == 0 || out_features == 0) return y;
   const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
   call.x = x_contiguous.const_data_ptr();
@@ -104,5 +105,6 @@ Tensor lut_dequantize(const Tensor& qweight, const Tensor& lookup_table, const s
 
 STABLE_TORCH_LIBRARY_IMPL(squeezellm_hf, CPU, library) {
   library.impl("lut_linear", TORCH_BOX(&squeezellm_hf::lut_linear));
+  library.impl("lut_linear_no_grad", TORCH_BOX(&squeezellm_hf::lut_linear));
   library.impl("lut_dequantize", TORCH_BOX(&squeezellm_hf::lut_dequantize));
 }

@@ -16,6 +16,41 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
+// True for one lane of a converged warp. The compiler knows that it is one, and then needs no loop over
+// lanes around copies, whose operands are the same for a warp.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile("{.reg .pred elected; elect.sync _|elected, 0xffffffff; selp.u32 %0, 1, 0, elected;}" : "=r"(elected));
+  return elected != 0;
+}
+
+// Sets the registers of each thread of a warpgroup, out of those of its block. Of compute capability 9.0
+// itself (sm_90a); elsewhere registers stay as they are.
+template <int kRegisters, bool kMore>
+__device__ __forceinline__ void set_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (kMore) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  }
+#endif
+}
+
+// For kernels launched to overlap the end of the previous one of their stream: lets the next one start
+// as blocks end; and waits until all that the previous one wrote is there.
+__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// What the previous kernel may have written while this one ran: not through the read-only path.
+__device__ __forceinline__ uint4 load_uncached(const uint4* source) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(source));
+  return v;
+}
+
 // By one thread, before fence_barriers() and a barrier of the block.
 __device__ __forceinline__ void initialize_barrier(uint64_t& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");

@@ -28,8 +28,8 @@ constexpr int kPackedColumns = 128;  // of a tile of packed indices
 constexpr int kStagesPerPacked = kPackedColumns / kStageColumns;
 constexpr int kMostSlices = 8;  // blocks of a portable cluster
 // Where threads start with too few registers for the sums: what 256 of each kind then have.
-constexpr int kProductRegisters = 160;
-constexpr int kDequantizeRegisters = 96;
+[[maybe_unused]] constexpr int kProductRegisters = 160;
+[[maybe_unused]] constexpr int kDequantizeRegisters = 96;
 
 template <class T_, int kBits_, int kBatch_>
 struct Tile {
@@ -48,13 +48,13 @@ struct Tile {
   static constexpr int kDequantizeThreads = kDequantizeWarps * kWarpLanes;
   static constexpr int kThreads = kProductThreads + kDequantizeThreads;
   // 65536 / kThreads registers are too few for a thread's sums of 256 lines.
-  static constexpr bool kMovesRegisters = kProducts > 1;
+  [[maybe_unused]] static constexpr bool kMovesRegisters = kProducts > 1;
 
   static constexpr int kSlots = kBatch <= 64 ? 5 : kBatch <= 128 ? 4 : 3;
   static constexpr int kPackedSlots = kBatch <= 128 ? 2 : 3;
   static constexpr int kPackedRowBytes = kPackedColumns * kBits / 8;
   // Of the sums in shared memory: what a warp writes at once lies in different banks.
-  static constexpr int kSumStride = kWeightsRight ? kRows + 8 : kRows + 4;
+  [[maybe_unused]] static constexpr int kSumStride = kWeightsRight ? kRows + 8 : kRows + 4;
 
   using Sums = float[kProducts][kProductLines / 8][4];
 };
@@ -508,9 +508,9 @@ cudaError_t launch_bits(const LinearCall& call) {
 
 }  // namespace
 
-bool has_warpgroup_kernel(const LinearCall& call) {
+bool has_warpgroup_kernel() {
 #ifdef SQUEEZELLM_HF_SM90A
-  return call.compute_capability == 90;
+  return true;
 #else
   return false;
 #endif

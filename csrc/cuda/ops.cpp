@@ -8,6 +8,7 @@
 #include <array>
 #include <vector>
 
+#include "../empty.h"
 #include "checks.h"
 
 namespace squeezellm_hf::cuda {
@@ -31,10 +32,26 @@ void check_launch(cudaError_t error) {
     throw std::runtime_error(std::string("CUDA kernel launch failed: ") + cudaGetErrorString(error));
 }
 
-int device_attribute(cudaDeviceAttr attribute, int32_t device) {
-  int value = 0;
-  check_launch(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_memory;  // bytes that a block may have
+  int capability;     // major number of the compute capability
+};
+
+// Asked of the driver once.
+const DeviceLimits& device_limits(int32_t device) {
+  static const std::vector<DeviceLimits> all = [] {
+    int count = 0;
+    check_launch(cudaGetDeviceCount(&count));
+    std::vector<DeviceLimits> limits(count);
+    for (int i = 0; i < count; ++i) {
+      check_launch(cudaDeviceGetAttribute(&limits[i].multiprocessors, cudaDevAttrMultiProcessorCount, i));
+      check_launch(cudaDeviceGetAttribute(&limits[i].shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, i));
+      check_launch(cudaDeviceGetAttribute(&limits[i].capability, cudaDevAttrComputeCapabilityMajor, i));
+    }
+    return limits;
+  }();
+  return all.at(device);
 }
 
 // y = x W^T + bias by torch's own matrix product, for a W in the dtype of x.
@@ -58,9 +75,9 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 
 // The largest batch for which the weight is not dequantized first: beyond, that is repaid by the library's
 // matrix product. Measured on an H200.
-int64_t most_fused(const LinearCall& call) {
+int64_t most_fused(const LinearCall& call, bool warpgroups) {
   const bool sparse = call.weight.crow_indices != nullptr;
-  if (has_warpgroup_kernel(call)) return sparse ? 512 : 1024;
+  if (warpgroups) return sparse ? 512 : 1024;
   return sparse ? 128 : 256;
 }
 
@@ -97,16 +114,17 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     bias_contiguous = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
     call.bias = bias_contiguous->const_data_ptr();
   }
-  if (batch == 0 || out_features == 0) return torch::stable::new_empty(x, y_sizes);
+  if (batch == 0 || out_features == 0) return empty(x, y_sizes);
 
   const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
   call.x = x_contiguous.const_data_ptr();
   const bool small = batch <= kSmallBatch;
-  call.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  call.shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  call.compute_capability = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                            device_attribute(cudaDevAttrComputeCapabilityMinor, device);
-  if (!fits(call) || batch > most_fused(call) || (!small && !is_aligned(call))) {
+  const DeviceLimits& limits = device_limits(device);
+  call.multiprocessors = limits.multiprocessors;
+  call.shared_memory = limits.shared_memory;
+  call.batch = static_cast<int>(batch);
+  const bool warpgroups = limits.capability == 9 && has_warpgroup_kernel();
+  if (!fits(call) || batch > most_fused(call, warpgroups) || (!small && !is_aligned(call))) {
     // A 16-bit product of tables beyond fp16's range goes through fp32.
     const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
     const ScalarType dtype = through_fp32 ? ScalarType::Float : x.scalar_type();
@@ -114,18 +132,22 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     if (!through_fp32) return linear(x, weight, bias_contiguous);
     return torch::stable::to(linear(torch::stable::to(x, dtype), weight, bias_contiguous), x.scalar_type());
   }
-  Tensor y = torch::stable::new_empty(x, y_sizes);
-  call.batch = static_cast<int>(batch);
+  Tensor y = empty(x, y_sizes);
   call.y = y.mutable_data_ptr();
-  if (small || has_warpgroup_kernel(call)) {
-    check_launch(small ? linear_small_batch(call) : linear_warpgroup(call));
+  if (small) {
+    const bool streamed = limits.capability >= 9 && is_aligned(call) && can_stream();
+    check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
     return y;
   }
-  const Tensor workspace = torch::stable::new_empty(x, {linear_slices(call), batch, out_features}, ScalarType::Float);
+  if (warpgroups) {
+    check_launch(linear_warpgroup(call));
+    return y;
+  }
+  const Tensor workspace = empty(x, {linear_slices(call), batch, out_features}, aoti_torch_dtype_float32());
   call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   std::optional<Tensor> transposed;
   if (call.weight.crow_indices != nullptr) {
-    transposed = torch::stable::new_empty(x, {in_features, transposed_batch(batch)});
+    transposed = empty(x, {in_features, transposed_batch(batch)});
     call.transposed_x = transposed->mutable_data_ptr();
   }
   check_launch(linear_tensor_core(call));
@@ -148,5 +170,6 @@ Tensor lut_dequantize(const Tensor& qweight, const Tensor& lookup_table, const s
 
 STABLE_TORCH_LIBRARY_IMPL(squeezellm_hf, CUDA, library) {
   library.impl("lut_linear", TORCH_BOX(&squeezellm_hf::cuda::lut_linear));
+  library.impl("lut_linear_no_grad", TORCH_BOX(&squeezellm_hf::cuda::lut_linear));
   library.impl("lut_dequantize", TORCH_BOX(&squeezellm_hf::cuda::lut_dequantize));
 }

@@ -105,18 +105,32 @@ __device__ __forceinline__ void look_up_sixteen(const RowTable<2>& table, uint32
   for (int half = 0; half < 2; ++half) values[half] = {pairs[half][0], pairs[half][1], pairs[half][2], pairs[half][3]};
 }
 
+// The values of the lowest eight indices.
+template <int kBits>
+__device__ __forceinline__ uint4 look_up_eight(const RowTable<kBits>& table, uint32_t bits) {
+  if constexpr (kBits == 4) {
+    return look_up_nibbles<4>(table, bits);
+  } else if constexpr (kBits == 3) {
+    return look_up_nibbles<3>(table, spread_eight(bits));
+  } else {
+    uint4 values[2];
+    look_up_sixteen(table, bits, values);
+    return values[0];
+  }
+}
+
 // The values of 32 consecutive indices, 8 at a time.
 template <int kBits>
 __device__ __forceinline__ void look_up_all(const RowTable<kBits>& table, const uint32_t (&words)[kBits],
                                             uint4 (&values)[4]) {
   if constexpr (kBits == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = look_up_nibbles<4>(table, words[i]);
+    for (int i = 0; i < 4; ++i) values[i] = look_up_eight<4>(table, words[i]);
   } else if constexpr (kBits == 3) {
-    values[0] = look_up_nibbles<3>(table, spread_eight(words[0]));
-    values[1] = look_up_nibbles<3>(table, spread_eight(__funnelshift_r(words[0], words[1], 24)));
-    values[2] = look_up_nibbles<3>(table, spread_eight(__funnelshift_r(words[1], words[2], 16)));
-    values[3] = look_up_nibbles<3>(table, spread_eight(words[2] >> 8));
+    values[0] = look_up_eight<3>(table, words[0]);
+    values[1] = look_up_eight<3>(table, __funnelshift_r(words[0], words[1], 24));
+    values[2] = look_up_eight<3>(table, __funnelshift_r(words[1], words[2], 16));
+    values[3] = look_up_eight<3>(table, words[2] >> 8);
   } else {
     uint4 halves[2];
 #pragma unroll

@@ -40,8 +40,7 @@ struct LinearCall {
   // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
   void* transposed_x;
   int multiprocessors;
-  int compute_capability;  // 10 major + minor
-  int shared_memory;       // bytes that a block may have
+  int shared_memory;  // bytes that a block may have
   cudaStream_t stream;
 };
 
@@ -56,14 +55,17 @@ struct DequantizeCall {
 cudaError_t dequantize(const DequantizeCall& call);
 // Batches 1 to kSmallBatch.
 cudaError_t linear_small_batch(const LinearCall& call);
+// Batches 1 to kSmallBatch on compute capability 9.0; only where is_aligned(call) and can_stream().
+cudaError_t linear_streamed(const LinearCall& call);
+// Whether this library was compiled for compute capability 9.0; asked on such a device.
+bool can_stream();
 // Any batch, to be followed by finish_linear; only where is_aligned(call).
 cudaError_t linear_tensor_core(const LinearCall& call);
 cudaError_t finish_linear(const LinearCall& call);
-// Any batch, and all of it; only where is_aligned(call) and has_warpgroup_kernel(call).
+// Any batch, nothing to follow, on compute capability 9.0; only where is_aligned(call) and has_warpgroup_kernel().
 cudaError_t linear_warpgroup(const LinearCall& call);
-
-// Whether the device has what linear_warpgroup needs, and this library was built for it.
-bool has_warpgroup_kernel(const LinearCall& call);
+// Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
+bool has_warpgroup_kernel();
 
 constexpr int kSmallBatch = 8;
 

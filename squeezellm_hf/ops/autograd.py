@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from squeezellm_hf.formats import csr, packing
-from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR
+from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR, LUT_LINEAR_NO_GRAD
 
 _QWEIGHT, _TABLE, _CROW, _COL, _VALUES = range(5)
 
@@ -74,3 +74,5 @@ torch.library.register_autograd(LUT_LINEAR, _backward_linear, setup_context=_set
 torch.library.register_autograd(
     LUT_DEQUANTIZE, _backward_dequantize, setup_context=_setup_dequantize
 )
+# The dispatcher passes autograd by and goes straight to the kernel.
+torch.library.impl(LUT_LINEAR_NO_GRAD, "Autograd")(torch.library.fallthrough_kernel)

@@ -3,6 +3,12 @@
 import torch
 from torch import Tensor
 
+from squeezellm_hf.ops import autograd as autograd  # declares the ops and their derivatives
+
+# Looked up once: an attribute of torch.ops costs 0.2 us a call.
+_LUT_LINEAR = torch.ops.squeezellm_hf.lut_linear.default
+_LUT_LINEAR_NO_GRAD = torch.ops.squeezellm_hf.lut_linear_no_grad.default
+
 
 def lut_linear(
     x: Tensor,
@@ -36,9 +42,15 @@ def lut_linear(
     Raises:
         ValueError or RuntimeError: if a shape, dtype or device does not fit.
     """
-    return torch.ops.squeezellm_hf.lut_linear(
-        x, qweight, lookup_table, crow_indices, col_indices, values, bias, bits
-    )
+    op = _LUT_LINEAR_NO_GRAD
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lookup_table.requires_grad
+        or (values is not None and values.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        op = _LUT_LINEAR
+    return op(x, qweight, lookup_table, crow_indices, col_indices, values, bias, bits)
 
 
 def lut_dequantize(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR, LUT_LINEAR_NO_GRAD
+
 _LIBRARY = "_native.so"
 _CUDA_LIBRARY = "_native_cuda.so"
 _WHY_NOT_BUILT = "native_missing.txt"  # written by csrc/CMakeLists.txt
@@ -92,6 +94,25 @@ def _open() -> ctypes.CDLL:
     return library
 
 
+def _warn_if_old(key: str) -> None:
+    """A library that was built before an op came to ``schema.py`` leaves that op to the reference.
+
+    Args:
+        key: the dispatch key that the library serves.
+    """
+    missing = [
+        name
+        for name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD, LUT_DEQUANTIZE)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    ]
+    if missing:
+        warnings.warn(
+            f"the {key} kernels of squeezellm_hf are older than its Python code: "
+            f"{', '.join(missing)} runs on its slow PyTorch reference. Reinstall squeezellm_hf.",
+            stacklevel=4,
+        )
+
+
 def _load_cuda() -> None:
     global _cuda_loaded, _cuda_reason
     if not torch.backends.cuda.is_built():
@@ -104,6 +125,7 @@ def _load_cuda() -> None:
         try:
             torch.ops.load_library(path)
             _cuda_loaded = True
+            _warn_if_old("CUDA")
             return
         except OSError as error:
             _cuda_reason = str(error)
@@ -140,6 +162,7 @@ def load() -> None:
             f"squeezellm_hf runs on its slow PyTorch reference: {_reason}. {_HOW}.", stacklevel=2
         )
         return
+    _warn_if_old("CPU")
     set_instruction_set(None)
 
 

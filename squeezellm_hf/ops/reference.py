@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from squeezellm_hf.formats import csr, packing
-from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR
+from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR, LUT_LINEAR_NO_GRAD
 
 
 def _check(
@@ -91,3 +91,4 @@ def lut_linear(
 # Not as decorators: those leave None behind instead of the function.
 torch.library.impl(LUT_DEQUANTIZE, "CompositeExplicitAutograd")(lut_dequantize)
 torch.library.impl(LUT_LINEAR, "CompositeExplicitAutograd")(lut_linear)
+torch.library.impl(LUT_LINEAR_NO_GRAD, "CompositeExplicitAutograd")(lut_linear)

@@ -1,4 +1,9 @@
-"""Schemas and fake kernels of the ops. Backends only implement what is declared here."""
+"""Schemas and fake kernels of the ops. Backends only implement what is declared here.
+
+``lut_linear_no_grad`` is ``lut_linear`` without a derivative. A derivative that is registered from
+Python is asked at every call, for 3.4 us, whether or not anything requires a gradient;
+:func:`squeezellm_hf.ops.lut_linear` takes the one or the other.
+"""
 
 import torch
 from torch import Tensor
@@ -6,13 +11,15 @@ from torch import Tensor
 NAMESPACE = "squeezellm_hf"
 
 LUT_LINEAR = f"{NAMESPACE}::lut_linear"
+LUT_LINEAR_NO_GRAD = f"{NAMESPACE}::lut_linear_no_grad"
 LUT_DEQUANTIZE = f"{NAMESPACE}::lut_dequantize"
 
-torch.library.define(
-    LUT_LINEAR,
-    "(Tensor x, Tensor qweight, Tensor lookup_table, Tensor? crow_indices, Tensor? col_indices, "
-    "Tensor? values, Tensor? bias, int bits) -> Tensor",
-)
+for _name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD):
+    torch.library.define(
+        _name,
+        "(Tensor x, Tensor qweight, Tensor lookup_table, Tensor? crow_indices, "
+        "Tensor? col_indices, Tensor? values, Tensor? bias, int bits) -> Tensor",
+    )
 torch.library.define(
     LUT_DEQUANTIZE,
     "(Tensor qweight, Tensor lookup_table, Tensor? crow_indices, Tensor? col_indices, "
@@ -21,6 +28,7 @@ torch.library.define(
 
 
 @torch.library.register_fake(LUT_LINEAR)
+@torch.library.register_fake(LUT_LINEAR_NO_GRAD)
 def _(
     x: Tensor,
     qweight: Tensor,

@@ -55,11 +55,15 @@ def make_weight(
     *,
     density: float = 0.0,
     empty_rows: bool = False,
+    full_row: bool = False,
     table_dtype: str = "fp16",
     wide_columns: bool = False,
     seed: int = 0,
 ) -> Weight:
-    """A random weight; ``density`` is the fraction of cells with a sparse value (0: no CSR)."""
+    """A random weight; ``density`` is the fraction of cells with a sparse value (0: no CSR).
+
+    Every other row may be without any, and the last one may have one in each cell.
+    """
     rng = np.random.default_rng(seed)
     indices = rng.integers(0, 2**bits, (out_features, in_features)).astype(np.uint8)
     rows = [pack_row(row, bits) for row in indices]
@@ -74,6 +78,8 @@ def make_weight(
         mask = rng.random((out_features, in_features)) < density
         if empty_rows:
             mask[::2] = False
+        if full_row:
+            mask[-1:] = True
         row, column = np.nonzero(mask)
         values = torch.from_numpy(rng.standard_normal(row.size)).to(TORCH_DTYPES[table_dtype])
         matrix[row, column] += values.double().numpy()

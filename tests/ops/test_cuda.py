@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from squeezellm_hf import ops
+from squeezellm_hf.formats import csr, packing
 from squeezellm_hf.ops import native
 from tests.ops.oracle import ROUNDING, TORCH_DTYPES, Weight, make_weight, make_x
 
@@ -71,6 +74,32 @@ def test_all_shapes_and_batches(bits: int, dtype: str) -> None:
                 assert_close(y, x[:batch], weight, slack=torch_slack(batch, weight))
 
 
+@settings(max_examples=120, deadline=None)
+@given(
+    out_features=st.integers(1, 400),
+    # Half of them of a length that is read 16 bytes at a time at every width.
+    in_features=st.one_of(st.integers(1, 1500), st.integers(1, 12).map(lambda n: n * 128)),
+    bits=st.sampled_from([2, 3, 4, 4, 5]),
+    batch=st.one_of(st.integers(1, 8), st.integers(9, 300)),
+    density=st.sampled_from([0.0, 0.001, 0.0045, 0.05]),
+    empty_rows=st.booleans(),
+    full_row=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_weight(
+    out_features: int, in_features: int, bits: int, batch: int, density: float, empty_rows: bool,
+    full_row: bool, dtype: str, seed: int,
+) -> None:  # fmt: skip
+    """Rows with none, some and very many sparse values; outputs poisoned."""
+    weight = make_weight(
+        out_features, in_features, bits, density=density, empty_rows=empty_rows,
+        full_row=full_row, table_dtype=dtype, seed=seed,
+    )  # fmt: skip
+    x = make_x(batch, in_features, dtype, seed)
+    assert_close(linear(x, weight), x, weight, slack=torch_slack(batch, weight))
+
+
 @pytest.mark.parametrize("bits", FUSED_BITS)
 @pytest.mark.parametrize("batch", [1, 8, 40])
 def test_tables_are_rounded_to_the_dtype_of_x(bits: int, batch: int) -> None:
@@ -120,6 +149,40 @@ def test_fp32_activations() -> None:
     for batch in (1, 30):
         x = make_x(batch, 256, "fp32")
         assert_close(linear(x, weight), x, weight, slack=2e-3)  # torch may be allowed TF32
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_gradients(batch: int, dtype: str) -> None:
+    """Of x, tables, sparse values and bias, against fp64."""
+    weight = make_weight(48, 256, 4, density=0.05)
+    tensors = on_gpu(weight)
+    x, grad = make_x(batch, 256, dtype), make_x(batch, 48, dtype, seed=2)
+    leaves = {
+        "x": x.cuda(),
+        "lookup_table": tensors["lookup_table"].float(),
+        "values": tensors["values"].float(),
+        "bias": torch.zeros(48, device="cuda"),
+    }
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    ops.lut_linear(**{**tensors, **leaves}, bits=4).backward(grad.cuda())
+
+    grad_weight = grad.double().T @ x.double()
+    matrix = torch.from_numpy(weight.matrix)
+    indices = packing.unpack(weight.tensors["qweight"], 4, 256).long()
+    rows = csr.row_indices(weight.tensors["crow_indices"], weight.tensors["values"].numel())
+    columns = csr.decode_columns(weight.tensors["col_indices"])
+    expected = {
+        "x": grad.double() @ matrix,
+        "lookup_table": torch.zeros(48, 16).double().scatter_add_(1, indices, grad_weight),
+        "values": grad_weight[rows, columns],
+        "bias": grad.double().sum(0),
+    }
+    relative = 4 * ROUNDING[x.dtype][0] + 1e-3  # torch may be allowed TF32
+    for name, leaf in leaves.items():
+        error = (leaf.grad.double().cpu() - expected[name]).norm() / expected[name].norm()
+        assert error < (relative if name == "x" else 1e-3), name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -192,10 +255,10 @@ def test_opcheck() -> None:
     weight = on_gpu(make_weight(20, 128, 3, density=0.05))
     sparse = (weight["crow_indices"], weight["col_indices"], weight["values"])
     x = make_x(3, 128, "fp16").cuda()
-    torch.library.opcheck(
-        torch.ops.squeezellm_hf.lut_linear,
-        (x, weight["qweight"], weight["lookup_table"], *sparse, None, 3),
-    )
+    for op in (torch.ops.squeezellm_hf.lut_linear, torch.ops.squeezellm_hf.lut_linear_no_grad):
+        torch.library.opcheck(
+            op.default, (x, weight["qweight"], weight["lookup_table"], *sparse, None, 3)
+        )
     torch.library.opcheck(
         torch.ops.squeezellm_hf.lut_dequantize,
         (weight["qweight"], weight["lookup_table"], *sparse, 3, 128, torch.float16),

@@ -48,6 +48,22 @@ def test_a_missing_library_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(not native.status().loaded, reason="needs the native library")
+def test_a_library_older_than_the_ops_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in ("lut_linear", "lut_linear_no_grad", "lut_dequantize"):
+        assert has_kernel(f"squeezellm_hf::{name}", "CPU")
+    monkeypatch.setattr(native, "_handle", None)
+    monkeypatch.setattr(
+        torch._C,
+        "_dispatch_has_kernel_for_dispatch_key",
+        lambda name, key: not name.endswith("no_grad") and has_kernel(name, key),
+    )
+    with pytest.warns(UserWarning, match="older than its Python code: .*_no_grad runs"):
+        native.load()
+    assert native.status().loaded
+
+
+@pytest.mark.skipif(not native.status().loaded, reason="needs the native library")
 def test_unknown_instruction_set() -> None:
     before = native.status().instruction_set
     with pytest.raises(ValueError, match=r"sse9 is unknown .* can run: scalar"):

@@ -1,0 +1,48 @@
+"""Calls of the CUDA kernels with small tensors, for the batches given; run by ``sanitize.sh``."""
+
+import sys
+
+import torch
+
+from squeezellm_hf import ops
+from squeezellm_hf.ops import native
+from tests.ops.oracle import TORCH_DTYPES, make_weight, make_x
+
+# Read 16 bytes at a time with rows to spare in the last tile, and a size that nothing divides.
+SHAPES = [(136, 512), (33, 77)]
+
+
+def call(
+    batches: list[int], shape: tuple[int, int], bits: int, density: float, dtype: str,
+    hostile: bool = False,
+) -> None:  # fmt: skip
+    """All batches, and dequantization; with ``hostile``, a CSR part that holds nonsense."""
+    weight = make_weight(*shape, bits, density=density, full_row=True, table_dtype=dtype)
+    tensors = {name: tensor.cuda() for name, tensor in weight.tensors.items()}
+    if hostile:
+        for name in ("crow_indices", "col_indices"):
+            limits = torch.iinfo(tensors[name].dtype)
+            tensors[name].random_(limits.min, limits.max)
+    x = make_x(max(batches), shape[1], dtype).cuda()
+    for batch in batches:
+        print(f"{shape}, {bits} bits, {density:.0%} sparse, {dtype}, batch {batch}", flush=True)
+        y = ops.lut_linear(x[:batch], **tensors, bits=bits)
+        if not hostile and not bool(y.isfinite().all()):
+            raise AssertionError("the result is not finite")
+    ops.lut_dequantize(**tensors, bits=bits, in_features=shape[1], dtype=TORCH_DTYPES[dtype])
+
+
+def main(batches: list[int]) -> None:
+    if not native.status().cuda_loaded:
+        raise SystemExit(f"the CUDA kernels are not loaded: {native.status().cuda_reason}")
+    for shape in SHAPES:
+        for bits in (2, 3, 4):
+            call(batches, shape, bits, 0.0, "bf16")
+            call(batches, shape, bits, 0.05, "fp16")
+        call(batches, shape, 4, 0.05, "bf16", hostile=True)
+    call(batches, SHAPES[0], 7, 0.05, "fp16")
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main([int(batch) for batch in sys.argv[1:]])

@@ -1,0 +1,170 @@
+"""With and without a derivative: which op runs, and that torch's machinery sees no difference."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.ops import lut_linear
+from tests.ops.oracle import make_weight
+
+BITS, IN, OUT = 4, 40, 9
+WEIGHT = make_weight(OUT, IN, BITS, density=0.1)
+MATRIX = torch.from_numpy(WEIGHT.matrix)
+FLOATS = ["x", "lookup_table", "values", "bias"]
+WITH, WITHOUT = "squeezellm_hf::lut_linear", "squeezellm_hf::lut_linear_no_grad"
+
+
+class Recorder(TorchDispatchMode):
+    """Names of our ops in the order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "squeezellm_hf":
+            self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+def arguments() -> dict[str, Tensor]:
+    x, bias = torch.randn(3, IN), torch.randn(OUT)
+    return {"x": x, **{n: t.clone() for n, t in WEIGHT.tensors.items()}, "bias": bias}
+
+
+def layer() -> SqueezeLLMLinear:
+    return SqueezeLLMLinear.from_tensors(WEIGHT.tensors, bits=BITS, in_features=IN)
+
+
+def recorded(call: Callable[[], Tensor]) -> tuple[Tensor, list[str]]:
+    with Recorder() as recorder:
+        result = call()
+    return result, recorder.names
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_whatever_requires_a_gradient_gets_one(name: str) -> None:
+    tensors = arguments()
+    tensors[name].requires_grad_()
+    y, names = recorded(lambda: lut_linear(**tensors, bits=BITS))
+    assert names == [WITH]
+    y.sum().backward()
+    assert tensors[name].grad is not None
+    assert tensors[name].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_derivative_where_none_is_asked_for(mode: Callable[[], object]) -> None:
+    tensors = arguments()
+    expected, names = recorded(lambda: lut_linear(**tensors, bits=BITS))
+    assert names == [WITHOUT]
+    for name in FLOATS:
+        tensors[name].requires_grad_()
+    with mode():
+        y, names = recorded(lambda: lut_linear(**tensors, bits=BITS))
+    assert names == [WITHOUT]
+    assert not y.requires_grad
+    assert y.equal(expected)
+    assert y.equal(lut_linear(**tensors, bits=BITS))
+
+
+def test_opcheck_without_derivative() -> None:
+    for with_sparse in (True, False):
+        tensors = arguments()
+        args = [tensors[name] for name in ("x", "qweight", "lookup_table")]
+        args += [
+            tensors[name] if with_sparse else None
+            for name in ("crow_indices", "col_indices", "values", "bias")
+        ]
+        torch.library.opcheck(torch.ops.squeezellm_hf.lut_linear_no_grad.default, (*args, BITS))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_fake_tensors(requires_grad: bool) -> None:
+    tensors = arguments()
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+        fake["x"] = fake["x"].bfloat16().requires_grad_(requires_grad)
+        y = lut_linear(**fake, bits=BITS)
+    assert y.shape == (3, OUT)
+    assert y.dtype == torch.bfloat16
+    assert y.requires_grad == requires_grad
+
+
+def test_compiled_with_gradients() -> None:
+    linear = layer()
+    linear.lookup_table = torch.nn.Parameter(linear.lookup_table.float())
+    x = torch.randn(3, IN, requires_grad=True)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (linear, compiled):
+        x.grad = linear.lookup_table.grad = None
+        run(x).square().sum().backward()
+        gradients.append((x.grad, linear.lookup_table.grad))
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, eager)
+
+
+def test_compiled_without_gradients_has_no_derivative_either() -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    linear, x = layer(), torch.randn(3, IN)
+    compiled = torch.compile(linear, fullgraph=True, backend=keep)
+    with torch.no_grad():
+        assert compiled(x).equal(linear(x))
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert any("lut_linear_no_grad" in name for name in called)
+    # The same function again, now for training: not the graph from before.
+    y = compiled(x.clone().requires_grad_())
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant: bool) -> None:
+    """Forward without, recomputation with gradients."""
+    linear = layer()
+    x = torch.randn(3, IN, requires_grad=True)
+    checkpoint(linear, x, use_reentrant=use_reentrant).square().sum().backward()
+    expected = 2 * (x.detach().double() @ MATRIX.T) @ MATRIX
+    torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_autocast_is_not_followed() -> None:
+    """y has the dtype of x, as in bitsandbytes and GPTQ; the tables are in 16 bits anyway."""
+    linear, x = layer(), torch.randn(3, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x)
+        assert linear(x.bfloat16()).dtype == torch.bfloat16
+    assert y.dtype == torch.float32
+    assert y.equal(linear(x))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_and_functional_call(grad: bool) -> None:
+    linear, x = layer(), torch.randn(5, 3, IN)
+    doubled = {"lookup_table": linear.lookup_table * 2, "values": linear.values * 2}
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.vmap(linear)(x), linear(x))
+        y = torch.func.functional_call(linear, doubled, (x,))
+    torch.testing.assert_close(y, 2 * linear(x))
+
+
+def test_a_replica_has_plain_attributes() -> None:
+    """As torch.nn.DataParallel leaves them."""
+    linear, x = layer(), torch.randn(3, IN)
+    replica = linear._replicate_for_data_parallel()
+    for name, parameter in linear._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.data)
+    assert not dict(replica.named_parameters())
+    assert replica(x).equal(linear(x))
