@@ -1,13 +1,13 @@
 // y = x W^T for small batches on compute capability 9.0: the weights stream through shared memory.
 //
-// One block a multiprocessor, whose warps have four duties:
+// One block a multiprocessor, whose warps have three duties:
 //  - one thread orders copies of packed rows into a ring of stages;
 //  - kWarps warps turn indices into values and multiply, a unit of the columns of 16 rows at a time. Two
 //    neighbouring indices select one 32-bit entry of a table of all pairs of the row's values; in the
 //    tensor core's layout lane l meets the rows l / 4 and l / 4 + 8 only, so that four copies of every
 //    table give each lane a bank of its own;
-//  - kServiceWarps warps fill the next tile's tables, add the warps' sums and write y;
-//  - kSparseWarps warps multiply the sparse part.
+//  - kServiceWarps warps fill the next tile's tables, multiply the sparse part, add the warps' sums and
+//    write y, while the others go on.
 // They meet on barriers in shared memory only. x stays in shared memory.
 #include "tensor_copy.cuh"
 
@@ -17,11 +17,11 @@ namespace {
 constexpr int kRows = 16;  // of a tile: of the tensor core's left operand
 constexpr int kWarps = 16;
 constexpr int kServiceWarps = 4;
-constexpr int kSparseWarps = 3;
-constexpr int kSumWarps = kWarps + kSparseWarps;  // that add to a tile's sums
-// Whole warpgroups, to which registers are given by duty; the last holds the thread that orders copies.
-constexpr int kThreads = (kWarps + kServiceWarps + kSparseWarps + 1) * kWarpLanes;
-constexpr int kSparseRegisters = 112;
+constexpr int kSumWarps = kWarps + kServiceWarps;  // that add to a tile's sums
+// Whole warpgroups, to which registers are given by duty; one thread of the last orders the copies.
+constexpr int kThreads = (kWarps + 2 * kServiceWarps) * kWarpLanes;
+constexpr int kServiceRegisters = 128;
+constexpr int kCopyRegisters = 24;
 constexpr int kStageWarps = 4;                      // that share a stage: few, since the slowest one holds it
 constexpr int kStageStride = kWarps / kStageWarps;  // from one stage of a warp to its next
 constexpr int kMaxStages = 32;
@@ -170,18 +170,27 @@ struct TablePart {
   __device__ static int upper(int job, int lane) { return job % (kEntries / 4) * 4 + lane / 8; }
 };
 
-// The bits of a table's value in T.
+// Two neighbouring values of a table as T, whatever their dtype.
 template <class T>
-__device__ __forceinline__ uint32_t load_value(const LutWeight& weight, int64_t position) {
-  const T value = from_float<T>(load_float(weight.lookup_table, weight.table_dtype, position));
-  return *reinterpret_cast<const uint16_t*>(&value);
+__device__ __forceinline__ uint32_t load_pair(const LutWeight& weight, int64_t first) {
+  uint32_t pair = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const T value = from_float<T>(load_float(weight.lookup_table, weight.table_dtype, first + i));
+    pair |= uint32_t{*reinterpret_cast<const uint16_t*>(&value)} << 16 * i;
+  }
+  return pair;
 }
 
-// Two values from fp16 to bf16, which is the only conversion wanted here: bf16 tables with fp16
-// activations are dequantized.
-__device__ __forceinline__ uint32_t to_bfloat16(uint32_t pair) {
-  const __nv_bfloat162 converted = __float22bfloat162_rn(__half22float2(*reinterpret_cast<const __half2*>(&pair)));
-  return *reinterpret_cast<const uint32_t*>(&converted);
+template <class T>
+__device__ __forceinline__ uint32_t convert_pair(uint32_t pair, DType dtype) {
+  uint32_t converted = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const T value = from_float<T>(float_of_bits(pair >> 16 * i & 0xffff, dtype));
+    converted |= uint32_t{*reinterpret_cast<const uint16_t*>(&value)} << 16 * i;
+  }
+  return converted;
 }
 
 // Whether rows of the tables can be read as vectors; otherwise they are converted where they are loaded.
@@ -203,8 +212,7 @@ __device__ void load_tables(TablePart<kBits>& part, const LutWeight& weight, int
     uint32_t (&low)[kEntries / 2] = part.low[j];
     if (!vector) {
 #pragma unroll
-      for (int i = 0; i < kEntries / 2; ++i)
-        low[i] = load_value<T>(weight, first + 2 * i) | load_value<T>(weight, first + 2 * i + 1) << 16;
+      for (int i = 0; i < kEntries / 2; ++i) low[i] = load_pair<T>(weight, first + 2 * i);
     } else if constexpr (kEntries == 4) {
       const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(weight.lookup_table) + first));
       low[0] = v.x, low[1] = v.y;
@@ -216,9 +224,7 @@ __device__ void load_tables(TablePart<kBits>& part, const LutWeight& weight, int
         low[4 * i] = v.x, low[4 * i + 1] = v.y, low[4 * i + 2] = v.z, low[4 * i + 3] = v.w;
       }
     }
-    const int64_t upper = first + Part::upper(job, lane);
-    part.high[j] =
-        vector ? __ldg(static_cast<const uint16_t*>(weight.lookup_table) + upper) : load_value<T>(weight, upper);
+    part.high[j] = load_bits(weight.lookup_table, weight.table_dtype, first + Part::upper(job, lane));
   }
 }
 
@@ -233,10 +239,11 @@ __device__ void fill_tables(Shared<T, kBits, kBatch, kBuffers>& shared, const Ta
   for (int j = 0; j < Part::kJobs; ++j) {
     const int job = j * kServiceWarps + warp;
     if (job >= Part::kAllJobs) break;
-    const uint32_t high_bits = convert ? to_bfloat16(part.high[j]) : part.high[j];
+    const T high = from_float<T>(float_of_bits(part.high[j], weight.table_dtype));
+    const uint32_t high_bits = *reinterpret_cast<const uint16_t*>(&high);
 #pragma unroll
     for (int i = 0; i < Part::kEntries; i += 2) {
-      const uint32_t low = convert ? to_bfloat16(part.low[j][i / 2]) : part.low[j][i / 2];
+      const uint32_t low = convert ? convert_pair<T>(part.low[j][i / 2], weight.table_dtype) : part.low[j][i / 2];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const uint32_t pair = __byte_perm(low, high_bits, k ? 0x5432 : 0x5410);
@@ -250,11 +257,11 @@ __device__ void fill_tables(Shared<T, kBits, kBatch, kBuffers>& shared, const Ta
   if (lane == 0) arrive(shared.tables_full[buffer]);
 }
 
-// The sparse part of a tile by the sparse warps, each its own rows: lane l keeps the ends of row l, and
+// The sparse part of a tile by the service warps, each its own rows: lane l keeps the ends of row l, and
 // the first entries of the warp's rows are loaded a tile ahead.
 template <class T, int kBatch>
 struct SparsePart {
-  static constexpr int kWarpRows = (kRows + kSparseWarps - 1) / kSparseWarps;
+  static constexpr int kWarpRows = kRows / kServiceWarps;
   const LinearCall& call;
   const unsigned char* x;  // in shared memory
   int x_stride;
@@ -293,9 +300,9 @@ struct SparsePart {
     rows = clamped_sparse_row(call.weight, next_rows);
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
-      const int r = i * kSparseWarps + warp;
+      const int r = i * kServiceWarps + warp;
       own[i] = {__shfl_sync(0xffffffff, rows.x, r), __shfl_sync(0xffffffff, rows.y, r)};
-      if (r >= kRows || own[i].y - own[i].x > kHeavyRow) own[i] = {0, 0};
+      if (own[i].y - own[i].x > kHeavyRow) own[i] = {0, 0};
     }
     load(first, lane);
   }
@@ -338,7 +345,7 @@ struct SparsePart {
         for (int i = 0; i < kWarpRows; ++i) totals[i][n] += __shfl_xor_sync(0xffffffff, totals[i][n], distance);
 #pragma unroll
       for (int i = 0; i < kWarpRows; ++i)
-        if (lane == i * kSparseWarps + warp) mine[n] = totals[i][n];
+        if (lane == i * kServiceWarps + warp) mine[n] = totals[i][n];
     }
     add_heavy_rows(mine);
     if (lane < kRows)
@@ -354,7 +361,7 @@ struct SparsePart {
       const int2 row = {__shfl_sync(0xffffffff, rows.x, r), __shfl_sync(0xffffffff, rows.y, r)};
       float total[kBatch] = {};
 #pragma unroll 4
-      for (int entry = row.x + warp * kWarpLanes + lane; entry < row.y; entry += kSparseWarps * kWarpLanes)
+      for (int entry = row.x + warp * kWarpLanes + lane; entry < row.y; entry += kServiceWarps * kWarpLanes)
         add(total, sparse_column(call.weight, entry), load_bits(call.weight.values, call.weight.values_dtype, entry));
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
@@ -383,50 +390,51 @@ __device__ void write_y(const float (&sums)[kSumWarps][kBatch][kRows], const Lin
   static_cast<T*>(call.y)[int64_t{n} * call.weight.out_features + row] = from_float<T>(sum);
 }
 
-// The duties of the sparse warps, for all tiles of the block.
-template <class T, int kBits, int kBatch, int kBuffers>
-__device__ void multiply_sparse(Shared<T, kBits, kBatch, kBuffers>& shared, const LinearCall& call,
-                                const unsigned char* x, const Plan& plan, int tiles, int warp, int lane) {
-  SparsePart<T, kBatch> sparse{call, x, plan.x_stride, warp, lane};
-  const int step = gridDim.x;
-  sparse.load_rows(blockIdx.x);
-  sparse.load_first();
-  sparse.load_rows(blockIdx.x + step);
-  wait(shared.x_full, 0);
-  int count = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += step, ++count) {
-    const int buffer = count % kSumBuffers;
-    wait(shared.sums_empty[buffer], (count / kSumBuffers & 1) ^ 1);
-    sparse.multiply(shared.sums[buffer][kWarps + warp]);
-    __syncwarp();
-    if (lane == 0) arrive(shared.sums_full[buffer]);
-    sparse.load_first();
-    sparse.load_rows(tile + 2 * step);
-  }
-}
-
 // The duties of the service warps, for all tiles of the block.
 template <class T, int kBits, int kBatch, int kBuffers>
-__device__ void serve(Shared<T, kBits, kBatch, kBuffers>& shared, const LinearCall& call, int tiles, int warp,
-                      int lane) {
+__device__ void serve(Shared<T, kBits, kBatch, kBuffers>& shared, const LinearCall& call, const unsigned char* x,
+                      const Plan& plan, int tiles, int warp, int lane) {
   const LutWeight& weight = call.weight;
+  const bool has_sparse = weight.crow_indices != nullptr;
   const int step = gridDim.x;
+  const int first = blockIdx.x;
   TablePart<kBits> tables;
-  load_tables<T>(tables, weight, blockIdx.x, warp, lane);
+  SparsePart<T, kBatch> sparse{call, x, plan.x_stride, warp, lane};
+  load_tables<T>(tables, weight, first, warp, lane);
+  if (has_sparse) sparse.load_rows(first);
   fill_tables(shared, tables, weight, 0, 0, warp, lane);
-  load_tables<T>(tables, weight, blockIdx.x + step, warp, lane);
+  load_tables<T>(tables, weight, first + step, warp, lane);
+  if (has_sparse) {
+    sparse.load_first();
+    sparse.load_rows(first + step);
+  }
+  wait(shared.x_full, 0);
   wait_for_previous_kernel();  // whose memory y may be
 
   int count = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += step, ++count) {
-    if (tile + step < tiles)
-      fill_tables(shared, tables, weight, (count + 1) % kBuffers, (count + 1) / kBuffers & 1, warp, lane);
-    load_tables<T>(tables, weight, tile + 2 * step, warp, lane);
+  for (int tile = first; tile < tiles; tile += step, ++count) {
+    const int buffer = count % kSumBuffers;
+    const uint32_t parity = count / kSumBuffers & 1;
+    auto prepare_tables = [&] {
+      if (tile + step < tiles)
+        fill_tables(shared, tables, weight, (count + 1) % kBuffers, (count + 1) / kBuffers & 1, warp, lane);
+      load_tables<T>(tables, weight, tile + 2 * step, warp, lane);
+    };
+    // One buffer is free only when all warps are through with this tile.
+    if (kBuffers > 1) prepare_tables();
+    if (has_sparse) {
+      wait(shared.sums_empty[buffer], parity ^ 1);
+      sparse.multiply(shared.sums[buffer][kWarps + warp]);
+      __syncwarp();
+      if (lane == 0) arrive(shared.sums_full[buffer]);
+      sparse.load_first();
+      sparse.load_rows(tile + 2 * step);
+    }
+    if (kBuffers == 1) prepare_tables();
     // The warps take turns at the end of a tile.
     const int turn = (warp + count) % kServiceWarps;
     if (turn < kFinishWarps<kBatch>) {
-      const int buffer = count % kSumBuffers;
-      wait(shared.sums_full[buffer], count / kSumBuffers & 1);
+      wait(shared.sums_full[buffer], parity);
       write_y<T, kBatch>(shared.sums[buffer], call, tile, turn * kWarpLanes + lane);
       __syncwarp();
       if (lane == 0) arrive(shared.sums_empty[buffer]);
@@ -578,7 +586,7 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
       initialize_barrier(shared.tables_empty[i], kWarps);
     }
     for (int i = 0; i < kSumBuffers; ++i) {
-      initialize_barrier(shared.sums_full[i], kWarps + (call.weight.crow_indices != nullptr ? kSparseWarps : 0));
+      initialize_barrier(shared.sums_full[i], kWarps + (call.weight.crow_indices != nullptr ? kServiceWarps : 0));
       initialize_barrier(shared.sums_empty[i], kFinishWarps<kBatch>);
     }
     initialize_barrier(shared.x_full, kWarps);
@@ -592,15 +600,12 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
     load_x<T, kBits>(x, shared.x_full, call, plan);
     multiply_dense<T, kBits, kBatch, kBuffers>(shared, ring, x, call, plan, tiles, warp, lane);
   } else if (warp < kWarps + kServiceWarps) {
-    serve<T, kBits, kBatch, kBuffers>(shared, call, tiles, warp - kWarps, lane);
+    set_registers<kServiceRegisters, true>();
+    serve<T, kBits, kBatch, kBuffers>(shared, call, x, plan, tiles, warp - kWarps, lane);
   } else {
-    set_registers<kSparseRegisters, true>();
-    const int sparse_warp = warp - kWarps - kServiceWarps;
-    if (sparse_warp == kSparseWarps) {
-      if (elect_lane()) order_copies<T, kBits, kBatch, kBuffers>(shared, ring, weights, plan, tiles);
-    } else if (call.weight.crow_indices != nullptr) {
-      multiply_sparse<T, kBits, kBatch, kBuffers>(shared, call, x, plan, tiles, sparse_warp, lane);
-    }
+    set_registers<kCopyRegisters, false>();
+    if (warp == kWarps + kServiceWarps && elect_lane())
+      order_copies<T, kBits, kBatch, kBuffers>(shared, ring, weights, plan, tiles);
   }
 }
 
