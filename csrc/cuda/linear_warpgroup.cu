@@ -48,13 +48,13 @@ struct Tile {
   static constexpr int kDequantizeThreads = kDequantizeWarps * kWarpLanes;
   static constexpr int kThreads = kProductThreads + kDequantizeThreads;
   // 65536 / kThreads registers are too few for a thread's sums of 256 lines.
-  [[maybe_unused]] static constexpr bool kMovesRegisters = kProducts > 1;
+  static constexpr bool kMovesRegisters = kProducts > 1;
 
   static constexpr int kSlots = kBatch <= 64 ? 5 : kBatch <= 128 ? 4 : 3;
   static constexpr int kPackedSlots = kBatch <= 128 ? 2 : 3;
   static constexpr int kPackedRowBytes = kPackedColumns * kBits / 8;
   // Of the sums in shared memory: what a warp writes at once lies in different banks.
-  [[maybe_unused]] static constexpr int kSumStride = kWeightsRight ? kRows + 8 : kRows + 4;
+  static constexpr int kSumStride = kWeightsRight ? kRows + 8 : kRows + 4;
 
   using Sums = float[kProducts][kProductLines / 8][4];
 };

@@ -81,6 +81,10 @@ int64_t most_fused(const LinearCall& call, bool warpgroups) {
   return sparse ? 128 : 256;
 }
 
+// Whether the kernel of compute capability 9.0 serves; few activations and few rows leave most of its warps
+// waiting, and the other one is faster.
+bool pays_warpgroups(const LinearCall& call) { return call.batch > 32 || call.weight.out_features > 4096; }
+
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
 bool fits(const LinearCall& call) {
   const int bits = call.weight.bits;
@@ -123,7 +127,7 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   call.multiprocessors = limits.multiprocessors;
   call.shared_memory = limits.shared_memory;
   call.batch = static_cast<int>(batch);
-  const bool warpgroups = limits.capability == 9 && has_warpgroup_kernel();
+  const bool warpgroups = limits.capability == 9 && has_warpgroup_kernel() && pays_warpgroups(call);
   if (!fits(call) || batch > most_fused(call, warpgroups) || (!small && !is_aligned(call))) {
     // A 16-bit product of tables beyond fp16's range goes through fp32.
     const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
