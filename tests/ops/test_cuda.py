@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 # The last three can be read 16 bytes at a time; the others take the kernels' other ways.
 SHAPES = [(1, 1), (1, 77), (33, 1), (49, 2051), (18, 576), (130, 1536), (200, 512), (31, 8192)]
+MANY_ROWS = (4109, 256)  # of which few activations take another way than of few
 # Small batches; tensor cores with 16 to 256 columns; dequantization and torch's product.
 BATCHES = [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 65, 129, 256, 300, 600, 1100]
 FUSED_BITS = (2, 3, 4)  # other widths are dequantized and left to torch
@@ -76,7 +77,8 @@ def as_multiplied(weight: Weight, batch: int, dtype: str) -> Weight:
     On compute capability 9.0, sparse values are added to the dense part before the product; that
     sum is rounded to the dtype of x, as :func:`ops.lut_dequantize` rounds it.
     """
-    rounds = has_warpgroups() and batch > 32 and weight.bits in FUSED_BITS and is_aligned(weight)
+    many = batch > 32 or (batch > SMALL_BATCH and weight.matrix.shape[0] > 4096)
+    rounds = has_warpgroups() and many and weight.bits in FUSED_BITS and is_aligned(weight)
     return Weight(weight.bits, weight.tensors, weight.rounded(dtype)) if rounds else weight
 
 
@@ -91,6 +93,15 @@ def test_all_shapes_and_batches(bits: int, dtype: str) -> None:
                 y = linear(x[:batch], weight)
                 expected = as_multiplied(weight, batch, dtype)
                 assert_close(y, x[:batch], expected, slack=torch_slack(batch, weight))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01])
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_few_activations_of_many_rows(bits: int, density: float) -> None:
+    weight = make_weight(*MANY_ROWS, bits, density=density, table_dtype="bf16")
+    for batch in (9, 20, 32):
+        x = make_x(batch, MANY_ROWS[1], "bf16")
+        assert_close(linear(x, weight), x, as_multiplied(weight, batch, "bf16"))
 
 
 @settings(max_examples=120, deadline=None)
