@@ -53,6 +53,7 @@ format: $(VENV)/package.stamp
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
 
 bench: $(VENV)/package.stamp
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/quantization.py
 

@@ -1,7 +1,4 @@
-"""Time ``lut_linear`` on a CUDA device against torch's own linear layers, one layer at a time.
-
-    python benchmarks/kernels_cuda.py --json kernels_cuda.json
-    python benchmarks/kernels_cuda.py --shapes 4096x4096 --batches 1 16 --bits 4
+"""The part of kernels.py that times layers on a CUDA device.
 
 A CUDA graph holds one call for each of several copies of the weight, together far beyond the L2
 cache, so that weights come from memory as they do in a model; the time of a call is the median of
@@ -11,11 +8,10 @@ Results are checked before they are timed.
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import hardware
 import torch
@@ -31,7 +27,7 @@ SPARSE_FRACTION = 0.0045
 COPIES_BYTES = 640 << 20
 INT4_GROUP = 128
 INT4_MOST = 32  # batch beyond which torch's int4 product takes milliseconds
-SHAPES = ["8192x28672", "14336x4096", "4096x14336", "4096x4096"]
+SHAPES = [(8192, 28672), (14336, 4096), (4096, 14336), (4096, 4096)]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048]
 
 Quantized = dict[str, Tensor]
@@ -142,7 +138,7 @@ def bench_layer(
         copies({"weight": dense}),
         lambda x, w: torch.nn.functional.linear(x, w["weight"]),
     )
-    if args.int4 and dtype == torch.bfloat16 and in_features % 1024 == 0:
+    if args.peers and dtype == torch.bfloat16 and in_features % 1024 == 0:
         kinds["int4"] = (
             copies(int4_weight(out_features, in_features)),
             lambda x, w: torch.ops.aten._weight_int4pack_mm(
@@ -154,7 +150,7 @@ def bench_layer(
         matrix = ops.lut_dequantize(
             **weight, bits=bits, in_features=in_features, dtype=torch.float32
         )
-        for batch in args.batches:
+        for batch in args.batches or BATCHES:
             x = torch.randn(min(batch, 300), in_features, device="cuda", dtype=dtype)
             check(ops.lut_linear(x, **weight, bits=bits), x, matrix)
         del matrix
@@ -164,7 +160,7 @@ def bench_layer(
         )
 
     results: list[Result] = []
-    for batch in args.batches:
+    for batch in args.batches or BATCHES:
         x = torch.randn(batch, in_features, device="cuda", dtype=dtype)
         graphs = {}
         for kind, (weights, run) in kinds.items():
@@ -206,39 +202,22 @@ def print_tables(results: list[Result], batches: list[int], dtype: str, bandwidt
         Console(width=200).print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="OUTxIN")
-    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="of activations")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--no-int4", dest="int4", action="store_false",
-                        help="leave out torch's own 4-bit product")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time all layers, print their tables, return what goes into the JSON."""
     status = native.status()
     if not status.cuda_loaded:
         raise SystemExit(f"the CUDA kernels are not loaded: {status.cuda_reason}")
+    if args.dtype == "fp32":
+        raise SystemExit("--dtype must be bf16 or fp16 on a CUDA device")
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
     results: list[Result] = []
-    for shape in args.shapes:
-        out_features, in_features = map(int, shape.split("x"))
+    for out_features, in_features in args.shapes or SHAPES:
         results += bench_layer(out_features, in_features, args, bandwidth)
-    print_tables(results, args.batches, args.dtype, bandwidth)
-    if args.json is not None:
-        document = {
-            "hardware": hardware.stamp("cuda"),
-            "read_bandwidth_bytes_per_s": bandwidth,
-            "dtype": args.dtype,
-            "results": [asdict(result) for result in results],
-        }
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    print_tables(results, args.batches or BATCHES, args.dtype, bandwidth)
+    return {
+        "hardware": hardware.stamp("cuda"),
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "dtype": args.dtype,
+        "results": [asdict(result) for result in results],
+    }

@@ -28,8 +28,8 @@ constexpr int kPackedColumns = 128;  // of a tile of packed indices
 constexpr int kStagesPerPacked = kPackedColumns / kStageColumns;
 constexpr int kMostSlices = 8;  // blocks of a portable cluster
 // Where threads start with too few registers for the sums: what 256 of each kind then have.
-[[maybe_unused]] constexpr int kProductRegisters = 160;
-[[maybe_unused]] constexpr int kDequantizeRegisters = 96;
+constexpr int kProductRegisters = 160;
+constexpr int kDequantizeRegisters = 96;
 
 template <class T_, int kBits_, int kBatch_>
 struct Tile {
