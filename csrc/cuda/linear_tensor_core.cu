@@ -8,7 +8,7 @@
 //
 // The slices' sums go to a workspace; finish_linear adds them in a fixed order, with the sparse part.
 #include "bulk_copy.cuh"
-#include "wgmma.cuh"
+#include "row_table.cuh"
 
 namespace squeezellm_hf::cuda {
 namespace {
@@ -43,7 +43,6 @@ struct alignas(1024) Stage {
   unsigned char weights[kRows][Packed<kBits>::kRowStride];
 };
 
-
 // Copies 16 bytes to shared memory in the background; zeros if not `valid`.
 __device__ __forceinline__ void copy_chunk(uint32_t target, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
@@ -63,35 +62,6 @@ __device__ __forceinline__ uint4 load_matrices(uint32_t address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address));
   return v;
-}
-
-// The values of one row, split into bytes: entry e is byte e % 4 of register e / 4.
-template <int kBits>
-struct RowTable {
-  static constexpr int kRegisters = (1 << kBits) / 4;
-  uint32_t high[kRegisters];
-  uint32_t low[kRegisters];
-};
-
-template <class T, int kBits>
-__device__ RowTable<kBits> load_table(const LutWeight& weight, int row) {
-  RowTable<kBits> table;
-#pragma unroll
-  for (int r = 0; r < RowTable<kBits>::kRegisters; ++r) {
-    uint32_t high = 0;
-    uint32_t low = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const T value =
-          from_float<T>(load_float(weight.lookup_table, weight.table_dtype, (int64_t{row} << kBits) + r * 4 + i));
-      const uint32_t bits = *reinterpret_cast<const uint16_t*>(&value);
-      high |= bits >> 8 << 8 * i;
-      low |= (bits & 0xff) << 8 * i;
-    }
-    table.high[r] = high;
-    table.low[r] = low;
-  }
-  return table;
 }
 
 // Four indices of 16 consecutive ones, those of k = 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 for t = lane % 4,
@@ -148,24 +118,10 @@ __device__ __forceinline__ void load_indices(uint32_t (&words)[kBits], const uns
   }
 }
 
-// Whether the tensor core of compute capability 9.0 reads the activations from shared memory itself.
-// That pays when there are many; few are loaded faster than a warpgroup's products are awaited.
-template <int kBatch>
-constexpr bool kInBackground = kBatch > 32;
-
 // products += values x for 16 of k from `k` on; x as in Stage.
 template <class T, int kBatch>
 __device__ __forceinline__ void multiply_stage(float (&products)[kBatch / 8][4], const uint32_t (&values)[4],
                                                const unsigned char (&x)[kBatch][kAtomK * 2], int k, int lane) {
-#ifdef SQUEEZELLM_HF_WGMMA
-  if constexpr (kInBackground<kBatch>) {
-    begin_products();
-    multiply_group<T, kBatch>(products, values, matrix_descriptor(shared_address(x) + k * 2));
-    commit_products();
-    wait_for_products<1>();
-    return;
-  }
-#endif
   // Four 8 x 8 matrices: the columns n to n + 7 and the next 8, each at k and k + 8.
   const int chunk = (k / 8 + lane / 8 % 2) ^ lane % 8;
   const uint32_t address = shared_address(&x[lane / 16 * 8 + lane % 8][chunk * kChunkBytes]);
@@ -255,14 +211,10 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
   float products[kBatch / 8][4] = {};
   for (int s = 0; s < stage_count; ++s) {
     wait_for_copies<kDepth - 2>();
-#ifdef SQUEEZELLM_HF_WGMMA
-    if constexpr (kInBackground<kBatch>) publish_shared();
-#endif
     __syncthreads();
     if (s + kDepth - 1 < stage_count) load_stage((s + kDepth - 1) % kDepth);
     commit_copies();
     const Stage<kBits, kBatch>& stage = stages[s % kDepth];
-    uint32_t a[2][4];  // one in use by the tensor core, one being filled
 #pragma unroll
     for (int part = 0; part < kStageK / 32; ++part) {
       uint32_t words[2][kBits];
@@ -270,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
       for (int h = 0; h < 2; ++h) load_indices<kBits>(words[h], &stage.weights[row + 8 * h][part * P::kWordsPer32 * 4]);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        auto& values = a[step];
+        uint32_t values[4];
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           look_up<kBits>(tables[h], select_indices<kBits>(words[h], step, t), values[h], values[2 + h]);
@@ -278,9 +230,6 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kBatch))
         multiply_stage<T, kBatch>(products, values, stage.x[k / kAtomK], k % kAtomK, lane);
       }
     }
-#ifdef SQUEEZELLM_HF_WGMMA
-    if constexpr (kInBackground<kBatch>) wait_for_products<0>();
-#endif
   }
 
   float* sums = call.workspace + int64_t{blockIdx.y} * call.batch * weight.out_features;

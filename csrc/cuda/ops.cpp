@@ -73,9 +73,17 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
   return out;
 }
 
-// Beyond, dequantizing is repaid by the library's matrix product: measured on an H200.
-constexpr int64_t kFusedBatch = 256;
-constexpr int64_t kFusedSparseBatch = 128;
+// The largest batch for which the weight is not dequantized first: beyond, that is repaid by the library's
+// matrix product. Measured on an H200.
+int64_t most_fused(const LinearCall& call, bool warpgroups) {
+  const bool sparse = call.weight.crow_indices != nullptr;
+  if (warpgroups) return sparse ? 512 : 1024;
+  return sparse ? 128 : 256;
+}
+
+// Whether the kernel of compute capability 9.0 serves; few activations and few rows leave most of its warps
+// waiting, and the other one is faster.
+bool pays_warpgroups(const LinearCall& call) { return call.batch > 32 || call.weight.out_features > 4096; }
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
 bool fits(const LinearCall& call) {
@@ -115,8 +123,12 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
   call.x = x_contiguous.const_data_ptr();
   const bool small = batch <= kSmallBatch;
-  const int64_t most = call.weight.crow_indices == nullptr ? kFusedBatch : kFusedSparseBatch;
-  if (!fits(call) || batch > most || (!small && !is_aligned(call))) {
+  const DeviceLimits& limits = device_limits(device);
+  call.multiprocessors = limits.multiprocessors;
+  call.shared_memory = limits.shared_memory;
+  call.batch = static_cast<int>(batch);
+  const bool warpgroups = limits.capability == 9 && has_warpgroup_kernel() && pays_warpgroups(call);
+  if (!fits(call) || batch > most_fused(call, warpgroups) || (!small && !is_aligned(call))) {
     // A 16-bit product of tables beyond fp16's range goes through fp32.
     const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
     const ScalarType dtype = through_fp32 ? ScalarType::Float : x.scalar_type();
@@ -125,14 +137,14 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     return torch::stable::to(linear(torch::stable::to(x, dtype), weight, bias_contiguous), x.scalar_type());
   }
   Tensor y = empty(x, y_sizes);
-  const DeviceLimits& limits = device_limits(device);
-  call.multiprocessors = limits.multiprocessors;
-  call.shared_memory = limits.shared_memory;
-  call.batch = static_cast<int>(batch);
   call.y = y.mutable_data_ptr();
   if (small) {
     const bool streamed = limits.capability >= 9 && is_aligned(call) && can_stream();
     check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
+    return y;
+  }
+  if (warpgroups) {
+    check_launch(linear_warpgroup(call));
     return y;
   }
   const Tensor workspace = empty(x, {linear_slices(call), batch, out_features}, aoti_torch_dtype_float32());

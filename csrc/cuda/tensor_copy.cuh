@@ -46,6 +46,24 @@ inline cudaError_t make_tensor_map(const TiledMatrix& matrix, CUtensorMap& map) 
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
+// wait() and arrive() for a barrier whose address in shared memory is at hand.
+__device__ __forceinline__ void wait_at(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // Copies the tile that starts at `column` and `row`, and counts its bytes (zeros too) off `barrier`.
 __device__ __forceinline__ void copy_tile(void* target, const CUtensorMap& map, int column, int row,
                                           uint64_t& barrier) {
@@ -66,6 +84,12 @@ __device__ __forceinline__ int cluster_size() {
   int size;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
+}
+
+// For a kernel launched while the one before it in the stream still ran: returns when that is done and
+// its writes can be seen, and lets the next one come as early.
+__device__ __forceinline__ void wait_for_last_kernel() {
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // All threads of the cluster's blocks that have not ended.

@@ -1,6 +1,6 @@
-// The tensor core of compute capability 9.0: products whose right operand stays in shared memory.
-// A warpgroup (4 warps) multiplies 64 rows; a warp's registers hold its 16 rows of the left operand
-// and of the sums in the layouts of multiply_accumulate.
+// The tensor core of compute capability 9.0: products of tiles that lie in shared memory. A warpgroup
+// (4 warps) multiplies 64 lines of one with 128 lines of the other; a warp's registers hold the
+// sums of 16 of the 64, in the layout of multiply_accumulate.
 #pragma once
 
 #include "common.cuh"
@@ -9,9 +9,14 @@
 #define SQUEEZELLM_HF_WGMMA
 #endif
 
-#ifdef SQUEEZELLM_HF_WGMMA
-
 namespace squeezellm_hf::cuda {
+
+constexpr int kGroupThreads = 128;
+constexpr int kGroupLines = 64;     // of a product's left operand
+constexpr int kProductLines = 128;  // of its right operand
+constexpr int kProductDepth = 16;   // numbers of a line that one product takes
+
+#ifdef SQUEEZELLM_HF_WGMMA
 
 // Lines of 64 16-bit numbers, their 16-byte chunks permuted by the line's number modulo 8 (the 128-byte
 // swizzle), 8 lines 1024 bytes apart; `address` lies within a line where the product starts.
@@ -35,63 +40,51 @@ __device__ __forceinline__ void wait_for_products() {
 // Makes earlier writes to shared memory visible to the products.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// sums += a b in the background, for kColumns columns.
-template <class T, int kColumns>
-__device__ void multiply_group(float (&sums)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b);
+// A warpgroup takes registers that others of the block give up; all its threads call it.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
-// Operands of one instruction: sums[n][0..3] for all n, then a, then b.
+template <int kRegisters>
+__device__ __forceinline__ void give_up_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// sums += a b in the background; a and b as matrix_descriptor says.
+template <class T>
+__device__ void multiply_group(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b);
+
+// Operands of the instruction: sums[n][0..3] for all n, then a, then b.
 #define SUMS_1(n) "+f"(sums[n][0]), "+f"(sums[n][1]), "+f"(sums[n][2]), "+f"(sums[n][3])
 #define SUMS_2(n) SUMS_1(n), SUMS_1(n + 1)
 #define SUMS_4(n) SUMS_2(n), SUMS_2(n + 2)
 #define SUMS_8(n) SUMS_4(n), SUMS_4(n + 4)
 #define SUMS_16(n) SUMS_8(n), SUMS_8(n + 8)
-#define SUMS_32(n) SUMS_16(n), SUMS_16(n + 16)
-#define MULTIPLY_GROUP(type, name, columns, registers, a0, a1, a2, a3, b, ...)                                         \
-  template <>                                                                                                          \
-  __device__ __forceinline__ void multiply_group<type, columns>(float (&sums)[columns / 8][4], const uint32_t (&a)[4], \
-                                                                uint64_t descriptor) {                                 \
-    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name  \
-                 "." name " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", add, 1, 1, 0;}"                  \
-                 : __VA_ARGS__                                                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));                                       \
+#define MULTIPLY_GROUP(type, name)                                                                                    \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void multiply_group<type>(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b) { \
+    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name \
+                 " {"                                                                                                 \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
+                 "%64, %65, add, 1, 1, 0, 0;}"                                                                        \
+                 : SUMS_16(0)                                                                                         \
+                 : "l"(a), "l"(b));                                                                                   \
   }
-#define MULTIPLY_GROUPS(columns, registers, a0, a1, a2, a3, b, ...)                 \
-  MULTIPLY_GROUP(__half, "f16", columns, registers, a0, a1, a2, a3, b, __VA_ARGS__) \
-  MULTIPLY_GROUP(__nv_bfloat16, "bf16", columns, registers, a0, a1, a2, a3, b, __VA_ARGS__)
 
-MULTIPLY_GROUPS(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12", SUMS_2(0))
-MULTIPLY_GROUPS(32, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16", "%17", "%18", "%19",
-                "%20", SUMS_4(0))
-MULTIPLY_GROUPS(64,
-                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
-                "%32", "%33", "%34", "%35", "%36", SUMS_8(0))
-MULTIPLY_GROUPS(128,
-                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",
-                "%64", "%65", "%66", "%67", "%68", SUMS_16(0))
-MULTIPLY_GROUPS(256,
-                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-                "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-                "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-                "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-                "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127",
-                "%128", "%129", "%130", "%131", "%132", SUMS_32(0))
+MULTIPLY_GROUP(__half, "f16")
+MULTIPLY_GROUP(__nv_bfloat16, "bf16")
 
-#undef MULTIPLY_GROUPS
 #undef MULTIPLY_GROUP
-#undef SUMS_32
 #undef SUMS_16
 #undef SUMS_8
 #undef SUMS_4
 #undef SUMS_2
 #undef SUMS_1
 
-}  // namespace squeezellm_hf::cuda
-
 #endif
+
+}  // namespace squeezellm_hf::cuda
