@@ -81,13 +81,25 @@ def _triton() -> Any:
         return None
     try:
         # Triton compiles at the first call, with a C compiler that may not be there.
-        kernels.look_up(
-            torch.zeros(1, 2, device="cuda"), torch.zeros(1, 4, dtype=torch.uint8, device="cuda")
-        )
+        _compare(kernels)
     except Exception as error:
         warnings.warn(f"Triton does not work here, training is slower: {error}", stacklevel=2)
         return None
     return kernels
+
+
+def _compare(kernels: Any) -> None:
+    """Raise unless the Triton kernels do on the current GPU what plain PyTorch does."""
+    columns, entries = 1500, 8  # more than a block of columns
+    indices = torch.arange(3 * columns, device="cuda").view(3, columns).remainder(entries + 3)
+    indices = indices.clamp(max=entries - 1).to(torch.uint8)
+    table = torch.arange(3 * entries, device="cuda").view(3, entries).to(torch.bfloat16)
+    weight = kernels.look_up(table, indices)
+    if not weight.equal(table.gather(1, indices.to(torch.int64))):
+        raise RuntimeError("its look-up gives another weight")
+    sums = kernels.table_gradient(weight, indices, entries)
+    if not torch.allclose(sums, _masked(weight, indices, entries)):
+        raise RuntimeError("its sums are others")
 
 
 def _scattered(grad_weight: Tensor, indices: Tensor, entries: int) -> Tensor:

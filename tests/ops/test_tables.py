@@ -94,3 +94,23 @@ def test_triton_kernels_in_its_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", TRITON], check=True, env=environment)
+
+
+class Broken:
+    @staticmethod
+    def look_up(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return look_up(table, indices) + 1
+
+    table_gradient = staticmethod(table_gradient)
+
+
+def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda n, **_: arange(n))  # here, not on a GPU
+    module._compare(module)
+    with pytest.raises(RuntimeError, match="its look-up gives another weight"):
+        module._compare(Broken)
+    monkeypatch.setattr(Broken, "look_up", staticmethod(look_up))
+    monkeypatch.setattr(Broken, "table_gradient", staticmethod(lambda *a: -table_gradient(*a)))
+    with pytest.raises(RuntimeError, match="its sums are others"):
+        module._compare(Broken)
