@@ -114,6 +114,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     schema_version: int = field(default=SCHEMA_VERSION, init=False)
     modules: dict[str, dict[str, Any]] | None = field(default=None, init=False)
     versions: dict[str, str] | None = field(default=None, init=False)
+    converted_from: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Transformers reads __dict__, where a default that no argument can change is not.
@@ -174,6 +175,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             isinstance(versions, Mapping) and all(isinstance(v, str) for v in versions.values())
         ):
             raise ValueError(f"versions must be an object of strings, got {versions!r}")
+        if self.converted_from is not None and not isinstance(self.converted_from, str):
+            raise ValueError(f"converted_from must be a string, got {self.converted_from!r}")
 
     @classmethod
     def from_dict(

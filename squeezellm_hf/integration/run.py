@@ -1,6 +1,5 @@
 """One quantization run: prepared while the model may still be on meta, then carried out."""
 
-import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from squeezellm_hf.calibration import datasets
 from squeezellm_hf.integration.config import SqueezeLLMConfig
+from squeezellm_hf.integration.record import record_layers
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
-
-RECORDED_VERSIONS = ("squeezellm-hf", "torch", "transformers")
 
 
 @dataclass
@@ -35,19 +33,7 @@ class Run:
         layers = quantize_modules(
             model, self.plan, self.sequences, work_dir=self.config.work_dir, progress=progress
         )
-        self.config.modules = {
-            name: {
-                "bits": layer.bits,
-                "nnz": layer.nnz,
-                "table_dtype": str(layer.lookup_table.dtype).removeprefix("torch."),
-            }
-            for name, layer in layers.items()
-        }
-        self.config.versions = {
-            package: importlib.metadata.version(package)
-            for package in RECORDED_VERSIONS
-            if _is_installed(package)
-        }
+        record_layers(self.config, layers)
 
 
 def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
@@ -95,11 +81,3 @@ def _load_tokenizer(name: str) -> Any:
             f"({error}); pass SqueezeLLMConfig(tokenizer=...), or dataset= as token ids, or "
             "dataset=None to quantize without calibration"
         ) from error
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
