@@ -20,7 +20,11 @@ SCHEMA_VERSION = 1
 
 # Fields of the run, not of the result: never written to a checkpoint.
 RUN_FIELDS = ("tokenizer", "work_dir", "dequantize")
-TABLE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+TABLE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ModuleRecord:
     Attributes:
         bits: width of a table index.
         nnz: number of sparse values.
-        table_dtype: "float16" or "bfloat16".
+        table_dtype: "float16", "bfloat16" or "float32".
     """
 
     bits: int

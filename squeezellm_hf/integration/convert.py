@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from squeezellm_hf.formats.legacy import check_layer
+from squeezellm_hf.formats.legacy import LegacyLayer, check_layer
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.in_memory import mark_quantized
 from squeezellm_hf.integration.legacy_file import LegacyFile, read_legacy
@@ -23,7 +23,7 @@ from squeezellm_hf.integration.legacy_model import (
     skeleton,
 )
 from squeezellm_hf.integration.record import record_layers
-from squeezellm_hf.methods.squeezellm import transcode
+from squeezellm_hf.methods.squeezellm.transcode import Transcoded, transcode
 from squeezellm_hf.nn import SqueezeLLMLinear
 
 Progress = Callable[[str, int, int], None]
@@ -52,6 +52,7 @@ def convert_checkpoint(
     base_model: str | None = None,
     bits: int | None = None,
     dtype: torch.dtype | None = None,
+    table_dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
     progress: Progress | None = None,
     **options: Any,
@@ -69,6 +70,8 @@ def convert_checkpoint(
             (embeddings, norms, output head, in some files) is read from it.
         bits: 3 or 4; None: from ``quant_config.json`` beside the file or from the tables.
         dtype: of the tensors that are not quantized; None: as they are stored.
+        table_dtype: of lookup tables and sparse values; None: for each layer the first of fp16,
+            bf16 and fp32 with which its weights are exact.
         max_shard_size: of a safetensors file.
         progress: called before each layer with its name, its number from 0, and the number of all.
         options: for the Hub: revision (of the base model), token, trust_remote_code.
@@ -83,17 +86,19 @@ def convert_checkpoint(
     file = read_legacy(Path(checkpoint), bits)
     model = skeleton(file, base_model, options)
     linears = quantized_linears(model, file)
+    layers = {name: _checked(file, name, linear) for name, linear in linears.items()}
     rest = other_tensors(model, file, linears)
     from_base = fill_from_base(model, rest, base_model, linears, options)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-layers-", dir=out.parent))
     try:
         errors = {}
-        for number, (name, linear) in enumerate(linears.items()):
+        for number, (name, layer) in enumerate(layers.items()):
             if progress is not None:
-                progress(name, number, len(linears))
-            layer, error = _convert(file, name, linear, work / f"{number}.safetensors", dtype)
-            model.set_submodule(name, layer)
+                progress(name, number, len(layers))
+            tensors, error = _transcode(layer, name, dtype, table_dtype)
+            converted = _mapped(tensors, layer, work / f"{number}.safetensors")
+            model.set_submodule(name, converted)
             if error:
                 errors[name] = error
         for names, tensor in rest:
@@ -105,37 +110,46 @@ def convert_checkpoint(
     return Conversion(model.eval(), errors, from_base)
 
 
-def _convert(
-    file: LegacyFile, name: str, linear: nn.Linear, path: Path, dtype: torch.dtype | None
-) -> tuple[SqueezeLLMLinear, float]:
-    """The layer, mapped from ``path``, and the greatest error of a weight."""
-    legacy = check_layer(file.layers[name], prefix=f"{name}.", bits=file.bits)
-    shape = [legacy.out_features, legacy.in_features]
+def _checked(file: LegacyFile, name: str, linear: nn.Linear) -> LegacyLayer:
+    """The layer, sound in itself and of the size of ``linear``."""
+    layer = check_layer(file.layers[name], prefix=f"{name}.", bits=file.bits)
+    shape = [layer.out_features, layer.in_features]
     if shape != list(linear.weight.shape):
         raise ValueError(
-            f"{name}.qweight stands for [out_features, in_features]={shape} at {legacy.bits} bits; "
+            f"{name}.qweight stands for [out_features, in_features]={shape} at {layer.bits} bits; "
             f"config.json says {list(linear.weight.shape)}"
         )
-    if (legacy.bias is None) != (linear.bias is None):
-        found, wanted = ("no", "one") if legacy.bias is None else ("one", "none")
+    if (layer.bias is None) != (linear.bias is None):
+        found, wanted = ("no", "one") if layer.bias is None else ("one", "none")
         raise ValueError(f"{name}.bias: the file has {found}, config.json says {wanted}")
-    cells, sums = legacy.sparse_sum()
-    tensors, error = transcode(
-        legacy.indices,
-        legacy.lookup_table,
+    return layer
+
+
+def _transcode(
+    layer: LegacyLayer, name: str, dtype: torch.dtype | None, table_dtype: torch.dtype | None
+) -> Transcoded:
+    cells, sums = layer.sparse_sum()
+    result = transcode(
+        layer.indices,
+        layer.lookup_table,
         cells,
         sums,
-        bits=legacy.bits,
-        in_features=legacy.in_features,
+        bits=layer.bits,
+        in_features=layer.in_features,
+        table_dtype=table_dtype,
         name=f"{name}.weight",
     )
-    if legacy.bias is not None:
-        tensors["bias"] = _cast(legacy.bias, dtype).contiguous()
+    if layer.bias is not None:
+        result.tensors["bias"] = _cast(layer.bias, dtype).contiguous()
+    return result
+
+
+def _mapped(tensors: dict[str, Tensor], layer: LegacyLayer, path: Path) -> SqueezeLLMLinear:
+    """The converted layer, in a file instead of in memory."""
     save_file(tensors, path)
-    with safe_open(path, framework="pt") as mapped:
-        tensors = {key: mapped.get_tensor(key) for key in tensors}
-    layer = SqueezeLLMLinear.from_tensors(tensors, bits=legacy.bits, in_features=legacy.in_features)
-    return layer, error
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in tensors}
+    return SqueezeLLMLinear.from_tensors(tensors, bits=layer.bits, in_features=layer.in_features)
 
 
 def _cast(tensor: Any, dtype: torch.dtype | None) -> Tensor:

@@ -3,6 +3,5 @@
 from squeezellm_hf.methods.squeezellm.config import SqueezeLLMParameters
 from squeezellm_hf.methods.squeezellm.objective import weighted_squared_error
 from squeezellm_hf.methods.squeezellm.quantize import quantize_weight
-from squeezellm_hf.methods.squeezellm.transcode import transcode
 
-__all__ = ["SqueezeLLMParameters", "quantize_weight", "transcode", "weighted_squared_error"]
+__all__ = ["SqueezeLLMParameters", "quantize_weight", "weighted_squared_error"]

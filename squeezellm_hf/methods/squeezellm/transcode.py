@@ -1,6 +1,6 @@
 """A weight that is given as table indices and sparse sums, in the tensors of a checkpoint.
 
-Nothing is clustered: the same weight is written down with 16-bit tables and values, sorted.
+Nothing is clustered: the same weight is written down with sorted tables.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from squeezellm_hf.formats.csr import CSR, encode_columns
 from squeezellm_hf.formats.packing import pack
 from squeezellm_hf.methods.squeezellm.sparse import exact_residuals
 
+# In the order of what they cost and how fast kernels are with them.
+TABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Bounds the working set: some 20 bytes a cell.
 CELLS_PER_CHUNK = 2**22
 
@@ -38,13 +40,13 @@ def transcode(
     *,
     bits: int,
     in_features: int,
+    table_dtype: torch.dtype | None = None,
     name: str = "weight",
 ) -> Transcoded:
-    """Write W[o, i] = lookup_table[o, index(o, i)] + sum(o, i) with sorted 16-bit tables.
+    """Write W[o, i] = lookup_table[o, index(o, i)] + sum(o, i) with sorted tables.
 
-    fp16 where it holds every weight exactly, else bf16 where that does, else the one with the
-    smaller greatest error, fp16 if equal. A weight with a sparse sum keeps its index where the
-    16-bit numbers add up to it; elsewhere it takes the entry that comes nearest
+    A weight with a sparse sum keeps its index where table and value, summed in fp32, are exactly
+    the weight; elsewhere it takes the entry that comes nearest
     (:func:`~squeezellm_hf.methods.squeezellm.sparse.exact_residuals`), so that it is mostly exact
     even if the table had to be rounded.
 
@@ -55,22 +57,26 @@ def transcode(
         sums: fp64 [nnz].
         bits: width of an index.
         in_features: length of a row.
+        table_dtype: of tables and values, fp16, bf16 or fp32. None: the first of these with which
+            every weight is exact. fp32 holds every table, and misses a weight by a rounding at
+            most, where several sparse values were summed.
         name: what an error calls the weight.
 
     Raises:
-        ValueError: if a value is too large for fp16 and for bf16.
+        ValueError: if a value is too large for ``table_dtype``.
     """
     best = None
-    for dtype in (torch.float16, torch.bfloat16):
-        rounding = float((lookup_table.to(dtype).float() - lookup_table).abs().max())
-        # bf16 is tried only if its tables alone do not lose more than the whole in fp16.
-        if rounding < (torch.inf if best is None else best.error):
-            result = _transcode(indices, lookup_table, cells, sums, bits, in_features, dtype)
-            best = result if best is None or result.error < best.error else best
-        if best is not None and best.error == 0:
-            return best
+    for dtype in TABLE_DTYPES if table_dtype is None else (table_dtype,):
+        if table_dtype is None and not lookup_table.to(dtype).float().equal(lookup_table):
+            continue
+        result = _transcode(indices, lookup_table, cells, sums, bits, in_features, dtype)
+        if best is None or result.error < best.error:
+            best = result
+        if best.error == 0:
+            break
     if best is None or best.error == torch.inf:
-        raise ValueError(f"{name} holds a weight or sparse value too large for bfloat16")
+        allowed = str(table_dtype or torch.float32).removeprefix("torch.")
+        raise ValueError(f"{name} holds a table entry or weight too large for {allowed}")
     return best
 
 
@@ -119,6 +125,8 @@ def _transcode_rows(
     rank = order.argsort(dim=1).to(torch.uint8)
     index = rank.gather(1, index.long())
     table = given.to(dtype)
+    if not bool(table.isfinite().all()):
+        return index, table, sums.to(dtype), torch.inf
     rounding = (table.double() - given.double()).abs()
     error = 0.0
     if bool(rounding.any()):
