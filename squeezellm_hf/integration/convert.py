@@ -101,8 +101,9 @@ def convert_checkpoint(
             model.set_submodule(name, converted)
             if error:
                 errors[name] = error
+        storages: set[int] = set()
         for names, tensor in rest:
-            _assign(model, names, _cast(tensor, dtype))
+            _assign(model, names, _own(_cast(tensor, dtype), storages))
         _record(model, file, list(linears))
         model.save_pretrained(out, max_shard_size=max_shard_size)
     finally:
@@ -154,6 +155,15 @@ def _mapped(tensors: dict[str, Tensor], layer: LegacyLayer, path: Path) -> Squee
 
 def _cast(tensor: Any, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _own(tensor: Tensor, storages: set[int]) -> Tensor:
+    """The tensor, copied if it cannot be saved as it lies, or shares memory with another one."""
+    address = tensor.untyped_storage().data_ptr()
+    if not tensor.is_contiguous() or address in storages:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    storages.add(address)
+    return tensor
 
 
 def _assign(model: nn.Module, names: list[str], tensor: Tensor) -> None:

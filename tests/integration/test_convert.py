@@ -190,6 +190,20 @@ def test_opt_with_tied_embeddings_and_obsolete_entries(tmp_path: Path, token_ids
     assert_same_model(tmp_path / "out", dense, token_ids)
 
 
+def test_tensors_that_share_memory_or_are_transposed(tmp_path: Path, token_ids: Tensor) -> None:
+    """As of a model whose head was tied when it was saved; its config.json says otherwise."""
+    dense = tiny_llama()
+    with torch.no_grad():
+        dense.lm_head.weight.copy_(dense.model.embed_tokens.weight)
+    checkpoint = legacy_checkpoint(dense, 4)
+    embedding = checkpoint.others["model.embed_tokens.weight"].T.contiguous().T
+    checkpoint.others["model.embed_tokens.weight"] = embedding
+    checkpoint.others["lm_head.weight"] = embedding
+    dense.config.save_pretrained(tmp_path)
+    convert_checkpoint(checkpoint.save(tmp_path / "tiny.pt"), tmp_path / "out")
+    assert_same_model(tmp_path / "out", dense, token_ids)
+
+
 def test_a_file_of_old_torch(tmp_path: Path, token_ids: Tensor) -> None:
     """Before torch 1.6 a file was no zip, and cannot be mapped."""
     dense = tiny_llama()
