@@ -12,6 +12,7 @@ import tyro
 
 _COMMANDS = {
     "quantize": "Quantize a model and save it as an ordinary checkpoint, or push it to the Hub.",
+    "convert": "Turn a .pt checkpoint of the public SqueezeLLM code into an ordinary one.",
     "eval": "Perplexity on a text, and how far predictions are from the original model's.",
     "inspect": "What a checkpoint holds: bits, sparse values and bytes of every layer.",
     "bench": "Tokens per second and memory, quantized against original.",

@@ -135,6 +135,8 @@ def _print_totals(size: ModelFootprint, config: Any) -> None:
 def _calibration(config: Any) -> str:
     record = getattr(config, "quantization_config", None) or {}
     record = record if isinstance(record, dict) else record.to_dict()
+    if record.get("converted_from") is not None:
+        return f"not known: converted from {record['converted_from']}"
     if record.get("dataset") is None:
         return "none is recorded: all weights counted the same"
     return (

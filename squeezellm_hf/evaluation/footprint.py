@@ -2,9 +2,10 @@
 
 A quantized weight matrix [out, in] costs, in bits per weight,
 
-    bits + 16 * 2^bits / in + 32 * nnz / (out * in) + 32 / in
+    bits + v * 2^bits / in + (16 + v) * nnz / (out * in) + 32 / in
 
-for indices, lookup tables, sparse values (a 16-bit column and a 16-bit value) and row pointers.
+for indices, lookup tables, sparse values (a 16-bit column and a value) and row pointers; v is 16,
+or 32 where tables and values are fp32.
 `bits_per_weight` is what the tensors truly take, `nominal_bits_per_weight` is that sum; they differ
 where rows are padded to whole words, or columns need 32 bits.
 """
@@ -20,8 +21,7 @@ from torch import nn
 
 from squeezellm_hf.nn import SqueezeLLMLinear
 
-_TABLE_BITS = 16
-_SPARSE_BITS = 32
+_COLUMN_BITS = 16
 _ROW_POINTER_BITS = 32
 _WORD_BITS = 32
 
@@ -66,10 +66,12 @@ class LayerFootprint:
     @property
     def nominal_bits_per_weight(self) -> float:
         """Bits per weight by the formula of this file."""
-        overhead = _TABLE_BITS * 2**self.bits
+        value_bits = 8 * self.table_bytes // (self.out_features * 2**self.bits)
+        overhead = value_bits * 2**self.bits
         if self.nnz:
             overhead += _ROW_POINTER_BITS
-        return self.bits + overhead / self.in_features + _SPARSE_BITS * self.nnz / self.n_weights
+        sparse_bits = (_COLUMN_BITS + value_bits) * self.nnz / self.n_weights
+        return self.bits + overhead / self.in_features + sparse_bits
 
     @property
     def sparse_fraction(self) -> float:

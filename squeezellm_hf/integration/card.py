@@ -93,6 +93,8 @@ def model_card(model: Any, repository: str) -> ModelCard:
 
 
 def _calibration(config: SqueezeLLMConfig) -> str:
+    if config.converted_from is not None:
+        return f"not known; converted from {config.converted_from}"
     described = config.to_dict()["dataset"]
     if described is None:
         return "none; all weights count the same"

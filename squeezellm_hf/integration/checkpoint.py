@@ -12,7 +12,7 @@ from squeezellm_hf.formats import csr
 from squeezellm_hf.integration.config import ModuleRecord
 
 _HEADER_DTYPES = {"torch.int32": "I32", "torch.int16": "I16"}
-_TABLE_HEADER_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+_TABLE_HEADER_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 Expected = dict[str, tuple[str, ...]]
 

@@ -21,7 +21,11 @@ SCHEMA_VERSION = 1
 
 # Fields of the run, not of the result: never written to a checkpoint.
 RUN_FIELDS = ("tokenizer", "work_dir", "dequantize")
-TABLE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+TABLE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class ModuleRecord:
     Attributes:
         bits: width of a table index.
         nnz: number of sparse values.
-        table_dtype: "float16" or "bfloat16".
+        table_dtype: "float16", "bfloat16" or "float32".
     """
 
     bits: int
@@ -152,6 +156,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     modules: dict[str, dict[str, Any]] | None = field(default=None, init=False)
     versions: dict[str, str] | None = field(default=None, init=False)
     distilled: dict[str, float] | None = field(default=None, init=False)
+    converted_from: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Transformers reads __dict__, where a default that no argument can change is not.
@@ -253,6 +258,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                 f"distilled must be an object of numbers ({', '.join(sorted(keys))}), "
                 f"got {distilled!r}"
             )
+        if self.converted_from is not None and not isinstance(self.converted_from, str):
+            raise ValueError(f"converted_from must be a string, got {self.converted_from!r}")
 
     @classmethod
     def from_dict(

@@ -37,9 +37,19 @@ def quantize_model(
         )
     run = prepare(model, config, tokenizer)
     run.quantize(model, progress)
+    mark_quantized(model, config)
+    return model
+
+
+def mark_quantized(model: Any, config: SqueezeLLMConfig) -> None:
+    """Make a model with quantized layers what ``from_pretrained`` would have given.
+
+    Args:
+        model: a ``PreTrainedModel`` whose layers are quantized.
+        config: with the record of these layers.
+    """
     model.hf_quantizer = SqueezeLLMHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
     model.quantization_method = config.quant_method
     model.is_quantized = True
     saving.attach(model)
-    return model

@@ -1,6 +1,5 @@
 """One quantization run: prepared while the model may still be on meta, then carried out."""
 
-import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,11 @@ from squeezellm_hf.distillation.distill import (
 )
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.distill import record, texts
+from squeezellm_hf.integration.record import record_layers
 from squeezellm_hf.integration.tokenizer import tokenizer_for
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
 from squeezellm_hf.pipeline.plan import check_calibration
-
-RECORDED_VERSIONS = ("squeezellm-hf", "torch", "transformers")
 
 
 @dataclass
@@ -48,19 +46,7 @@ class Run:
             layers = self._quantize(model, progress)
         else:
             layers = self._quantize_and_distill(model, self.texts, progress)
-        self.config.modules = {
-            name: {
-                "bits": layer.bits,
-                "nnz": layer.nnz,
-                "table_dtype": str(layer.lookup_table.dtype).removeprefix("torch."),
-            }
-            for name, layer in layers.items()
-        }
-        self.config.versions = {
-            package: importlib.metadata.version(package)
-            for package in RECORDED_VERSIONS
-            if _is_installed(package)
-        }
+        record_layers(self.config, layers)
 
     def _quantize(self, model: Any, progress: bool) -> dict[str, SqueezeLLMLinear]:
         work_dir = self.config.work_dir
@@ -131,6 +117,15 @@ def _sequences(model: Any, config: SqueezeLLMConfig, tokenizer: Any) -> Tensor |
 
 
 def _is_installed(package: str) -> bool:
+def _load_tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"calibration on text needs a tokenizer, and none could be loaded from {name!r} "
+            f"({error}); pass SqueezeLLMConfig(tokenizer=...), or dataset= as token ids, or "
+            "dataset=None to quantize without calibration"
+        ) from error
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ from squeezellm_hf.ops import lut_dequantize, lut_linear
 SPARSE = ("crow_indices", "col_indices", "values")
 NAMES = ("qweight", "lookup_table", *SPARSE, "bias")
 CACHE_LINE_BYTES = 64
-TABLE_DTYPES = (torch.float16, torch.bfloat16)
+TABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class SqueezeLLMLinear(nn.Module):
@@ -28,7 +28,7 @@ class SqueezeLLMLinear(nn.Module):
         bits: width of a table index, 1 to 8.
         nnz: number of sparse values; 0 for none.
         bias: whether a bias is added.
-        table_dtype: fp16 or bf16, of the tables and the sparse values.
+        table_dtype: fp16, bf16 or fp32, of the tables and the sparse values.
         dtype: of the bias.
         device: of all tensors, ``"meta"`` for a skeleton to load into.
 
@@ -183,7 +183,9 @@ class SqueezeLLMLinear(nn.Module):
             if tensor is None:
                 continue
             if tensor.dtype not in TABLE_DTYPES:
-                raise ValueError(f"{prefix}{name} must be float16 or bfloat16, got {tensor.dtype}")
+                raise ValueError(
+                    f"{prefix}{name} must be float16, bfloat16 or float32, got {tensor.dtype}"
+                )
             if not tensor.is_meta and not bool(tensor.isfinite().all()):
                 raise ValueError(f"{prefix}{name} holds values that are not finite")
         sparse = [tensor for name in SPARSE if (tensor := getattr(self, name)) is not None]

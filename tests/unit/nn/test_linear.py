@@ -108,7 +108,7 @@ def test_dense_only_has_no_sparse_tensors() -> None:
         ("qweight", lambda t: t[:-1], r"at\.qweight must have shape"),
         ("qweight", lambda t: torch.full_like(t, -1), r"at\.qweight holds bits beyond"),
         ("lookup_table", lambda t: t[:, :-1], r"at\.lookup_table must have shape \[6, 8\]"),
-        ("lookup_table", lambda t: t.double(), r"at\.lookup_table must be float16 or bfloat16"),
+        ("lookup_table", lambda t: t.double(), r"at\.lookup_table must be float16, bfloat16"),
         ("lookup_table", lambda t: t * torch.inf, r"at\.lookup_table holds values"),
         ("values", lambda t: t * torch.nan, r"at\.values holds values that are not finite"),
         ("values", lambda t: t[:-1], r"at\.values must be"),
