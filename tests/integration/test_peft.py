@@ -1,6 +1,7 @@
 """LoRA on a quantized model through PEFT and Trainer, on a tiny Llama."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from squeezellm_hf import SqueezeLLMConfig, SqueezeLLMLinear, quantize_model
 from tests.conftest import BLOCKS, LINEARS_PER_BLOCK, tiny_llama
 
 peft = pytest.importorskip("peft")
+from examples import lora as lora_example  # noqa: E402
 from squeezellm_hf.integration.peft import SqueezeLLMLoraLinear  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -346,6 +348,23 @@ def test_trainer(repository: Path, quantized: Any, token_ids: Tensor, tmp_path: 
     assert_close(logits(again.eval(), token_ids), logits(model.eval(), token_ids))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trainer_with_autocast(
+    repository: Path, token_ids: Tensor, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(repository, dtype=dtype)
+    settings = arguments(tmp_path, bf16=True, save_strategy="no")
+    trainer = Trainer(
+        model=peft.get_peft_model(model, lora()),
+        args=settings,
+        train_dataset=examples(token_ids),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_trainer_with_gradient_checkpointing(
     repository: Path, token_ids: Tensor, tmp_path: Path, use_reentrant: bool
@@ -412,6 +431,24 @@ def test_adapters_of_transformers_itself(
     again = AutoModelForCausalLM.from_pretrained(repository)
     again.load_adapter(str(tmp_path))
     assert logits(again, token_ids).equal(logits(quantized, token_ids))
+
+
+def test_example(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def tokenize(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 128 for letter in text]}
+
+    monkeypatch.setattr(lora_example.AutoTokenizer, "from_pretrained", lambda _: tokenize)
+    options = "--steps 10 --sequence-length 64 --lr 1e-2"
+    lora_example.main([str(repository), str(tmp_path / "adapter"), *options.split()])
+    printed = re.findall(r"^(held-out|reloaded).*: +([\d.]+)$", capsys.readouterr().out, re.M)
+    before, after, reloaded = [float(loss) for _, loss in printed]
+    assert after < 0.9 * before
+    assert reloaded == after
 
 
 @pytest.mark.parametrize(
