@@ -102,11 +102,12 @@ class SqueezeLLMLoraLinear(lora_layer.Linear):
             ValueError: if an adapter has a bias and the layer none, or for values not finite.
         """
         base = self.get_base_layer()
-        names = check_adapters_to_merge(self, adapter_names) if merge else []
+        wanted = check_adapters_to_merge(self, adapter_names) if merge else []
+        names = [name for name in wanted if name in self.lora_A]
         if not names:
             return base
         linear = base.to_linear(torch.float32)
-        for name in [name for name in names if name in self.lora_A]:
+        for name in names:
             linear.weight += self.get_delta_weight(name)
             if self.lora_bias[name]:
                 if linear.bias is None:

@@ -252,7 +252,10 @@ def test_several_adapters(quantized: Any, token_ids: Tensor) -> None:
         mixed = model(input_ids=token_ids, adapter_names=names, use_cache=False).logits
     for row, expected in zip(mixed, (base[0], first[1], second[2], first[3]), strict=True):
         assert_close(row, expected)
-    assert_close(logits(model.merge_and_unload(adapter_names=["second"]), token_ids), second)
+    merged = model.merge_and_unload(adapter_names=["second"])
+    assert_close(logits(merged, token_ids), second)
+    quantized_layers = sum(isinstance(m, SqueezeLLMLinear) for m in merged.modules())
+    assert quantized_layers == EVERY_LAYER - 2 * BLOCKS
 
 
 def test_a_quantized_weight_refuses_a_merge(quantized: Any, token_ids: Tensor) -> None:
