@@ -4,8 +4,8 @@ neither calibration nor training.
     python benchmarks/finetuning.py --json finetuning.json
 
 The loss is measured of the original, of the quantized model, with the adapter, with the adapter
-reloaded onto a reloaded model, and after merge_and_unload (in bf16). The original gets an adapter of
-the same training too: what it gains comes from the new text, not from healing the quantization.
+reloaded onto a reloaded model, and after merge_and_unload (in bf16). The original gets an adapter
+of the same training too: what it gains comes from the new text, not from healing the quantization.
 """
 
 import argparse
