@@ -46,7 +46,7 @@ def fine_tune(model: Any, sequences: Tensor, output: str, *, steps: int, lr: flo
         report_to="none",
     )
     data = [{"input_ids": row, "labels": row} for row in sequences]
-    Trainer(model=model, args=settings, train_dataset=data).train()  # type: ignore[arg-type]
+    Trainer(model=model, args=settings, train_dataset=data).train()
     model.save_pretrained(output)
     return model.eval()
 
