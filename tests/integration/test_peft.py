@@ -315,6 +315,12 @@ def test_other_tuners_are_refused(quantized: Any, config: Any) -> None:
         peft.get_peft_model(quantized, config)
 
 
+def test_after_dequantize_all_is_possible(quantized: Any, token_ids: Tensor) -> None:
+    model = peft.get_peft_model(quantized.dequantize(), lora(use_dora=True))
+    losses = train(model, token_ids)
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def arguments(path: Path, **changes: object) -> TrainingArguments:
     fields = {
         "output_dir": str(path),
