@@ -1,4 +1,4 @@
-"""Register with transformers as soon as it is imported, without importing it.
+"""Register with transformers and PEFT as soon as they are imported, without importing them.
 
 Transformers has no plugin mechanism: a checkpoint whose ``quant_method`` is not registered is
 loaded with random weights and a warning. torch, on its own import, calls the entry points of the
@@ -8,8 +8,11 @@ what imports torch, it is too late to watch it, and ``transformers.modeling_util
 no model is loaded, is the next chance.)
 
 It can be switched off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, then ``import squeezellm_hf`` does
-the same. It imports nothing heavy, and swallows every error: a broken installation of this
-package must never break ``import torch`` or ``import transformers``.
+the same. PEFT, which has no plugin mechanism either, is told of our layers in the same way once its
+LoRA model is imported.
+
+This module imports nothing heavy, and swallows every error: a broken installation of this package
+must never break ``import torch``, ``import transformers`` or ``import peft``.
 """
 
 import contextlib
@@ -21,16 +24,17 @@ from collections.abc import Sequence
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
-WATCHED = (REGISTRY, "transformers.modeling_utils")
+LORA = "peft.tuners.lora.model"
+WATCHED = (REGISTRY, "transformers.modeling_utils", LORA)
 
 
 def install() -> None:
-    """Register now if transformers' quantizers are imported already, otherwise once they are."""
+    """Register now with what is imported already, with the rest once it is."""
     try:
         if not _register() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
     except Exception as error:
-        _warn(error)
+        _warn(error, REGISTRY)
 
 
 def _is_executing(module: ModuleType) -> bool:
@@ -38,14 +42,25 @@ def _is_executing(module: ModuleType) -> bool:
 
 
 def _register(executed: str | None = None) -> bool:
-    """Whether the time to register had come, now that the module ``executed`` is complete."""
-    registry = sys.modules.get(REGISTRY)
-    if registry is None or (_is_executing(registry) and executed != REGISTRY):
+    """Whether there is nothing to wait for, now that the module ``executed`` is complete."""
+    registered = [_register_with(name, executed) for name in (REGISTRY, LORA)]
+    return all(registered)
+
+
+def _register_with(name: str, executed: str | None) -> bool:
+    """Whether the time to register had come."""
+    registry = sys.modules.get(name)
+    if registry is None or (_is_executing(registry) and executed != name):
         return False
     try:
-        from squeezellm_hf.integration.register import register
+        if name == REGISTRY:
+            from squeezellm_hf.integration.register import register
 
-        register()
+            register()
+        else:
+            from squeezellm_hf.integration.peft import install
+
+            install()
     except Exception as error:
         # One of our own modules may have brought about the import that we watch for, and be half
         # imported itself. It calls install() again at its end.
@@ -54,17 +69,17 @@ def _register(executed: str | None = None) -> bool:
             for name, module in list(sys.modules.items())
             if name.startswith("squeezellm_hf.integration.")
         ):
-            _warn(error)
+            _warn(error, name)
     return True
 
 
-def _warn(error: Exception) -> None:
+def _warn(error: Exception, name: str) -> None:
     # Where warnings are errors (python -W error), not even this one may break the import.
+    loss = "SqueezeLLM checkpoints" if name == REGISTRY else "LoRA adapters on SqueezeLLM layers"
     with contextlib.suppress(Exception):
         warnings.warn(
-            "squeezellm_hf could not register with transformers "
-            f"({type(error).__name__}: {error}); "
-            "SqueezeLLM checkpoints will not load",
+            f"squeezellm_hf could not register with {name.partition('.')[0]} "
+            f"({type(error).__name__}: {error}); {loss} will not load",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -119,6 +119,20 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         saving.detach(model)
         return model
 
+    def forget_plain_layers(self, model: Any) -> None:
+        """Take layers that have become plain ones out of the record of ``model``.
+
+        With no quantized layer left, it is an ordinary model.
+        """
+        self.quantization_config.modules = {
+            name: record
+            for name, record in (self.quantization_config.modules or {}).items()
+            if isinstance(model.get_submodule(name), SqueezeLLMLinear)
+        }
+        if not self.quantization_config.modules:
+            saving.detach(model)
+            self.remove_quantization_config(model)
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Saved as standard safetensors."""
         return True

@@ -37,8 +37,13 @@ def save_pretrained(
     """``PreTrainedModel.save_pretrained``, to a temporary directory and then renamed.
 
     On an error (a full disk, a kill) ``save_directory`` holds what it held before. A README.md
-    that somebody wrote is left alone.
+    that somebody wrote is left alone. Of a model with adapters (``add_adapter``) transformers saves
+    the active adapter alone.
     """
+    if getattr(self, "_hf_peft_config_loaded", False):
+        # Transformers saves the adapter alone then: no card of ours, and no weights to replace.
+        type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        return
     target = Path(save_directory)
     push = kwargs.pop("push_to_hub", False)
     hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr")
