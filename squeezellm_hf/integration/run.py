@@ -114,20 +114,3 @@ def _sequences(model: Any, config: SqueezeLLMConfig, tokenizer: Any) -> Tensor |
         vocab_size=model.get_input_embeddings().num_embeddings,
     )
     return torch.as_tensor(sequences)
-
-
-def _is_installed(package: str) -> bool:
-def _load_tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise ValueError(
-            f"calibration on text needs a tokenizer, and none could be loaded from {name!r} "
-            f"({error}); pass SqueezeLLMConfig(tokenizer=...), or dataset= as token ids, or "
-            "dataset=None to quantize without calibration"
-        ) from error
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
