@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--model", help="Hub id or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--codebook", default="kmeans", choices=("kmeans", "lnq", "guided"))
     parser.add_argument("--bits", type=int, nargs="+", default=(4, 3, 2))
+    parser.add_argument("--kinds", nargs="+", default=("sparse", "dense"))
     parser.add_argument("--n-samples", type=int, default=128)
     parser.add_argument("--n-windows", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -89,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work_dir = str(options.work_dir or temporary)
         for label, fields, targets in CASES:
-            if fields["bits"] not in options.bits:
+            if fields["bits"] not in options.bits or label.split()[-1] not in options.kinds:
                 continue
             start = time.monotonic()
             config = SqueezeLLMConfig(
