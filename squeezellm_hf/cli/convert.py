@@ -123,7 +123,7 @@ class Command:
         for place, options in places:
             try:
                 return AutoTokenizer.from_pretrained(place, **options)
-            except (OSError, ValueError):
+            except Exception:  # whatever a tokenizer's own code raises: the model is saved already
                 continue
         return None
 

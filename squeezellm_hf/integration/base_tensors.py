@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def read_base_tensors(
@@ -25,8 +25,11 @@ def read_base_tensors(
     Raises:
         OSError: if the model cannot be found.
     """
+    config = AutoConfig.from_pretrained(name, **options)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(_config(name, **options))
+        skeleton = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=options.get("trust_remote_code", False)
+        )
     # Disk offload refers to the safetensors files as they lie, so that nothing is read for it. A
     # device for every single module: of nested entries accelerate follows the outer one.
     device_map = {
@@ -44,9 +47,3 @@ def read_base_tensors(
 def _owns_tensors(layer: nn.Module) -> bool:
     own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
     return bool(own) or not any(layer.children())
-
-
-def _config(name: str, **options: Any) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(name, **options)

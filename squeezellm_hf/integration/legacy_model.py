@@ -35,20 +35,19 @@ def skeleton(file: LegacyFile, base_model: str | None, options: Mapping[str, Any
         ValueError: if there is no config.json, or it is that of a quantized model.
     """
     source = config_source(file.path, base_model)
-    own = {
-        key: value for key, value in options.items() if source == base_model or key != "revision"
-    }
-    config = AutoConfig.from_pretrained(source, **own)
+    hub = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    if source != base_model:
+        hub.pop("revision", None)  # that of the base model
+    trust = options.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **hub)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source!r} is quantized itself; name the model that was quantized")
-    trust = {key: own[key] for key in ("trust_remote_code",) if key in own}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **trust)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     # Transformers leaves this empty, and with it the base model of the card.
     model.config.name_or_path = base_model or config.name_or_path
     try:
-        own.pop("trust_remote_code", None)
-        model.generation_config = GenerationConfig.from_pretrained(source, **own)
+        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
     except OSError:
         pass  # many models have none; the one made from the config stays
     return model
