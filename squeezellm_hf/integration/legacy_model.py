@@ -1,5 +1,6 @@
 """The model that a ``.pt`` file is for, and where each of its tensors comes from."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,8 @@ def skeleton(file: LegacyFile, base_model: str | None, options: Mapping[str, Any
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     # Transformers leaves this empty, and with it the base model of the card.
     model.config.name_or_path = base_model or config.name_or_path
-    try:
+    with contextlib.suppress(OSError):  # many have none; the one made from the config stays
         model.generation_config = GenerationConfig.from_pretrained(source, **hub)
-    except OSError:
-        pass  # many models have none; the one made from the config stays
     return model
 
 
