@@ -82,9 +82,11 @@ __device__ __forceinline__ void multiply_accumulate(float (&c)[4], uint32_t a0, 
   }
 }
 
-// The entries [x, y) of one row of the sparse part, within [0, nnz] whatever the row pointers say.
+// The entries [x, y) of one row of the sparse part, both within [0, nnz] whatever the row pointers say:
+// a lane's place beyond x, and the row's length, then fit 32 bits.
 __device__ __forceinline__ int2 clamped_sparse_row(const LutWeight& weight, int2 row) {
-  return {max(row.x, 0), min(row.y, static_cast<int>(weight.nnz))};
+  const int nnz = static_cast<int>(weight.nnz);
+  return {min(max(row.x, 0), nnz), min(max(row.y, 0), nnz)};
 }
 
 __device__ __forceinline__ int2 sparse_row(const LutWeight& weight, int row) {

@@ -274,6 +274,22 @@ def test_no_row_pointer_or_column_leads_out_of_bounds(batch: int) -> None:
     assert matrix.shape == (64, 512)
 
 
+@pytest.mark.parametrize("batch", [1, 8, 20, 300])
+def test_row_pointers_at_the_ends_of_int32_hold_nothing(batch: int) -> None:
+    """A lane's place beyond such a pointer, or a row's length, must not wrap around."""
+    weight = make_weight(64, 512, 4, density=0.05)
+    tensors = on_gpu(weight)
+    limits = torch.iinfo(torch.int32)
+    pointers = tensors["crow_indices"]
+    pointers[0::2] = limits.max - 3
+    pointers[1::2] = limits.min
+    x = make_x(batch, 512, "fp16").cuda()
+    empty = [row for row in range(64) if row % 2 == 0]  # from beyond the last entry to before it
+    y = ops.lut_linear(x, **tensors, bits=4)[:, empty]
+    dense = {name: tensors[name] for name in ("qweight", "lookup_table")}
+    torch.testing.assert_close(y, ops.lut_linear(x, **dense, bits=4)[:, empty], rtol=1e-2, atol=0.1)
+
+
 def test_views_and_empty_batches() -> None:
     weight = make_weight(33, 128, 4)
     wide = make_x(5, 256, "fp16")
