@@ -78,14 +78,6 @@ __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
       : "memory");
 }
 
-// Copies `bytes` (a multiple of 16; both addresses too) and counts them off `barrier`.
-__device__ __forceinline__ void copy_bulk(void* target, const void* source, uint32_t bytes, uint64_t& barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(target)),
-               "l"(source), "r"(bytes), "r"(shared_address(&barrier))
-               : "memory");
-}
-
 #endif
 
 // A barrier of `threads` threads of the block (whole warps); id 0 is that of __syncthreads.

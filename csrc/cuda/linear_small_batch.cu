@@ -9,6 +9,7 @@
 //
 // What a tile needs (weights, table, sparse entries) is loaded while the previous one is worked on.
 #include "common.cuh"
+#include "dispatch.h"
 
 namespace squeezellm_hf::cuda {
 namespace {
@@ -423,24 +424,11 @@ cudaError_t launch_batch(const LinearCall& call) {
   return call.batch <= 4 ? launch<T, kBits, 2, 4, 16, true>(call) : launch<T, kBits, 2, 8, 16, true>(call);
 }
 
-template <class T>
-cudaError_t launch_bits(const LinearCall& call) {
-  switch (call.weight.bits) {
-    case 2:
-      return launch_batch<T, 2>(call);
-    case 3:
-      return launch_batch<T, 3>(call);
-    case 4:
-      return launch_batch<T, 4>(call);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 cudaError_t linear_small_batch(const LinearCall& call) {
-  return call.dtype == DType::kFloat16 ? launch_bits<__half>(call) : launch_bits<__nv_bfloat16>(call);
+  return dispatch(call,
+                  [&](auto type, auto bits) { return launch_batch<typename decltype(type)::Type, bits.value>(call); });
 }
 
 }  // namespace squeezellm_hf::cuda

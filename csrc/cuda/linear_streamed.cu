@@ -9,127 +9,15 @@
 //  - kServiceWarps warps fill the next tile's tables, multiply the sparse part, add the warps' sums and
 //    write y, while the others go on.
 // They meet on barriers in shared memory only. x stays in shared memory.
-#include "tensor_copy.cuh"
+#include "dispatch.h"
+#include "streamed_sparse.cuh"
+#include "streamed_tables.cuh"
 
 namespace squeezellm_hf::cuda {
+namespace streamed {
 namespace {
 
-constexpr int kRows = 16;  // of a tile: of the tensor core's left operand
-constexpr int kWarps = 16;
-constexpr int kServiceWarps = 4;
-constexpr int kSumWarps = kWarps + kServiceWarps;  // that add to a tile's sums
-// Whole warpgroups, to which registers are given by duty; one thread of the last orders the copies.
-constexpr int kThreads = (kWarps + 2 * kServiceWarps) * kWarpLanes;
-constexpr int kServiceRegisters = 128;
-constexpr int kCopyRegisters = 24;
-constexpr int kStageWarps = 4;                      // that share a stage: few, since the slowest one holds it
-constexpr int kStageStride = kWarps / kStageWarps;  // from one stage of a warp to its next
-constexpr int kMaxStages = 32;
-constexpr int kSumBuffers = 2;    // tiles whose sums are in work at the same time
-constexpr int kEntryBytes = 256;  // from one entry of a table to the next: 8 rows x 4 copies, twice
-constexpr int kEarlyStages = 6;   // on their way before x
-constexpr int kLeastRing = 6;     // stages without which too little is on its way
-constexpr int kHeavyRow = 1024;   // sparse values of a row beyond which all service warps share it
-
-// A unit is kLaneWords consecutive words for each of 4 lanes, a whole number of groups of 8 indices.
-template <int kBits>
-struct Unit {
-  static constexpr int kLaneWords = kBits == 3 ? 6 : 4;
-  static constexpr int kLoadBytes = kBits == 3 ? 8 : 16;
-  static constexpr int kLaneLoads = kLaneWords * 4 / kLoadBytes;
-  static constexpr int kLaneWeights = kLaneWords * 32 / kBits;
-  static constexpr int kBytes = 4 * kLaneWords * 4;
-  static constexpr int kWeights = 4 * kLaneWeights;
-  static constexpr int kGroups = kLaneWeights / 8;
-  static constexpr int kPairs = 1 << (2 * kBits);
-  static constexpr int kStageBytes = kStageWarps * kBytes;  // of a row
-  static constexpr int kStageWeights = kStageWarps * kWeights;
-  static constexpr int kSlotBytes = kRows * kStageBytes;
-};
-
-// Weights are copied in boxes of 16 rows of 128 bytes, whose 16-byte pieces are turned by the row's number
-// modulo 8. The rows that the lanes l / 4 take are chosen so that the lanes of a load meet different banks.
-constexpr int kBoxRowBytes = 128;
-constexpr int kBoxBytes = kRows * kBoxRowBytes;
-template <int kBits>
-__host__ __device__ constexpr int tile_row(int lane_row) {
-  return kBits == 3 ? lane_row * 2 % 8 + lane_row / 4 : lane_row / 2 + lane_row % 2 * 4;
-}
-__host__ __device__ constexpr int box_offset(int row, int byte) {
-  return byte / kBoxRowBytes * kBoxBytes + row * kBoxRowBytes + ((byte / 16 ^ row) % 8 * 16) + byte % 16;
-}
-
-// The ring starts where boxes may.
-__host__ __device__ constexpr int ring_offset(int64_t bytes) { return static_cast<int>((bytes + 1023) / 1024 * 1024); }
-
-// What the host decides: how shared memory is divided.
-struct Plan {
-  int stages;    // of a tile
-  int ring;      // stages in shared memory: a multiple of kStageStride, so that a slot keeps its warps
-  int x_stride;  // bytes between columns of x in shared memory
-};
-
-// With two buffers the next tile's tables are filled during the work on one; rows that leave too little
-// room for the ring have one.
-template <class T, int kBits, int kBatch, int kTableBuffers>
-struct alignas(16) Shared {
-  static constexpr int kBuffers = kTableBuffers;
-  // Entry e of row r holds the values of the indices e % 2^bits (low half) and e / 2^bits, four times.
-  struct Table {
-    uint32_t pairs[Unit<kBits>::kPairs][2][8][4];
-  } tables[kBuffers];
-  float sums[kSumBuffers][kSumWarps][kBatch][kRows];
-  uint64_t full[kMaxStages];
-  uint64_t empty[kMaxStages];
-  uint64_t tables_full[kBuffers];
-  uint64_t tables_empty[kBuffers];
-  uint64_t sums_full[kSumBuffers];
-  uint64_t sums_empty[kSumBuffers];
-  uint64_t x_full;
-};
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-// Warps that add a tile's sums.
-template <int kBatch>
-constexpr int kFinishWarps = (kBatch * kRows + kWarpLanes - 1) / kWarpLanes;
-
-// Position in the ring: a slot and the parity of its phase.
-struct Slot {
-  int index;
-  uint32_t parity = 0;
-  __device__ void advance(int steps, int ring) {
-    index += steps;
-    while (index >= ring) index -= ring, parity ^= 1;
-  }
-};
-
-// Byte offset in a table of the entry for pair j of a lane's words. `base` is the lane's own offset and
-// the table's, which do not meet the pair's bits; for 2 bits the table's is apart, in `nibbles_base`.
-template <int kBits>
-__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords], int j, uint32_t base,
-                                                uint32_t nibbles_base) {
-  const int word = j * 2 * kBits / 32;
-  const int shift = j * 2 * kBits % 32;
-  const uint32_t bits = words[word];
-  if constexpr (kBits == 4) {
-    // One instruction: the pair's byte becomes the second byte.
-    return __byte_perm(bits, base, 0x7604 | shift / 8 << 4);
-  } else if constexpr (kBits == 2) {
-    // The compiler shares the masked word among the four pairs at even (or odd) nibbles.
-    const uint32_t nibbles = and_or(shift % 8 ? bits >> 4 : bits, 0x0F0F0F0F, nibbles_base);
-    return __byte_perm(nibbles, base, 0x7604 | shift / 8 << 4);
-  } else {
-    constexpr uint32_t kMask = (Unit<kBits>::kPairs - 1) * kEntryBytes;
-    const int next = min(word + 1, Unit<kBits>::kLaneWords - 1);
-    if (shift + 2 * kBits > 32) return and_or(__funnelshift_r(bits, words[next], shift - 8), kMask, base);
-    return and_or(shift >= 8 ? bits >> (shift - 8) : bits << (8 - shift), kMask, base);
-  }
-}
-
-// Where x[k] of 8 consecutive k lies in its column, in pieces of 16 bytes: turned in every 128 bytes, so
-// that the 4 lanes of a row, whose activations are 64 or 128 bytes apart, do not meet in a bank.
-__device__ __forceinline__ int x_piece(int piece) { return piece ^ (piece >> 3 & 7); }
 
 // All copies, for all tiles of the block: by one thread, whose addresses are thereby the same for its warp.
 template <class T, int kBits, int kBatch, int kBuffers>
@@ -155,224 +43,6 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kBuffers>& shared, unsigne
     }
   }
 }
-
-// What a thread needs to fill its part of a tile's tables, as it lies in memory: loaded a tile ahead.
-// A job is 8 rows and 4 upper indices: of a row lane % 8 all values, and the value of upper index lane / 8.
-template <int kBits>
-struct TablePart {
-  static constexpr int kEntries = 1 << kBits;
-  static constexpr int kAllJobs = kRows / 8 * kEntries / 4;
-  static constexpr int kJobs = (kAllJobs + kServiceWarps - 1) / kServiceWarps;  // of a warp
-  uint32_t low[kJobs][kEntries / 2];                                            // pairs of 16-bit values
-  uint32_t high[kJobs];
-
-  __device__ static int half(int job) { return job / (kEntries / 4); }
-  __device__ static int upper(int job, int lane) { return job % (kEntries / 4) * 4 + lane / 8; }
-};
-
-// Two neighbouring values of a table as T, whatever their dtype.
-template <class T>
-__device__ __forceinline__ uint32_t load_pair(const LutWeight& weight, int64_t first) {
-  uint32_t pair = 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const T value = from_float<T>(load_float(weight.lookup_table, weight.table_dtype, first + i));
-    pair |= uint32_t{*reinterpret_cast<const uint16_t*>(&value)} << 16 * i;
-  }
-  return pair;
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t convert_pair(uint32_t pair, DType dtype) {
-  uint32_t converted = 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const T value = from_float<T>(float_of_bits(pair >> 16 * i & 0xffff, dtype));
-    converted |= uint32_t{*reinterpret_cast<const uint16_t*>(&value)} << 16 * i;
-  }
-  return converted;
-}
-
-// Whether rows of the tables can be read as vectors; otherwise they are converted where they are loaded.
-__device__ __forceinline__ bool vector_tables(const LutWeight& weight) {
-  return weight.table_dtype != DType::kFloat32 && reinterpret_cast<uintptr_t>(weight.lookup_table) % 16 == 0;
-}
-
-template <class T, int kBits>
-__device__ void load_tables(TablePart<kBits>& part, const LutWeight& weight, int tile, int warp, int lane) {
-  using Part = TablePart<kBits>;
-  constexpr int kEntries = Part::kEntries;
-  const bool vector = vector_tables(weight);
-#pragma unroll
-  for (int j = 0; j < Part::kJobs; ++j) {
-    const int job = j * kServiceWarps + warp;
-    if (job >= Part::kAllJobs) break;
-    const int row = min(tile * kRows + Part::half(job) * 8 + tile_row<kBits>(lane % 8), weight.out_features - 1);
-    const int64_t first = int64_t{row} * kEntries;
-    uint32_t (&low)[kEntries / 2] = part.low[j];
-    if (!vector) {
-#pragma unroll
-      for (int i = 0; i < kEntries / 2; ++i) low[i] = load_pair<T>(weight, first + 2 * i);
-    } else if constexpr (kEntries == 4) {
-      const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(weight.lookup_table) + first));
-      low[0] = v.x, low[1] = v.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kEntries / 8; ++i) {
-        const uint4 v =
-            __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(weight.lookup_table) + first) + i);
-        low[4 * i] = v.x, low[4 * i + 1] = v.y, low[4 * i + 2] = v.z, low[4 * i + 3] = v.w;
-      }
-    }
-    part.high[j] = load_bits(weight.lookup_table, weight.table_dtype, first + Part::upper(job, lane));
-  }
-}
-
-template <class T, int kBits, int kBatch, int kBuffers>
-__device__ void fill_tables(Shared<T, kBits, kBatch, kBuffers>& shared, const TablePart<kBits>& part,
-                            const LutWeight& weight, int buffer, uint32_t parity, int warp, int lane) {
-  using Part = TablePart<kBits>;
-  constexpr DType kOwn = __is_same(T, __nv_bfloat16) ? DType::kBFloat16 : DType::kFloat16;
-  const bool convert = vector_tables(weight) && weight.table_dtype != kOwn;
-  wait(shared.tables_empty[buffer], parity ^ 1);
-#pragma unroll
-  for (int j = 0; j < Part::kJobs; ++j) {
-    const int job = j * kServiceWarps + warp;
-    if (job >= Part::kAllJobs) break;
-    const T high = from_float<T>(float_of_bits(part.high[j], weight.table_dtype));
-    const uint32_t high_bits = *reinterpret_cast<const uint16_t*>(&high);
-#pragma unroll
-    for (int i = 0; i < Part::kEntries; i += 2) {
-      const uint32_t low = convert ? convert_pair<T>(part.low[j][i / 2], weight.table_dtype) : part.low[j][i / 2];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t pair = __byte_perm(low, high_bits, k ? 0x5432 : 0x5410);
-        const int entry = Part::upper(job, lane) * Part::kEntries + i + k;
-        *reinterpret_cast<uint4*>(shared.tables[buffer].pairs[entry][Part::half(job)][lane % 8]) =
-            make_uint4(pair, pair, pair, pair);
-      }
-    }
-  }
-  __syncwarp();
-  if (lane == 0) arrive(shared.tables_full[buffer]);
-}
-
-// The sparse part of a tile by the service warps, each its own rows: lane l keeps the ends of row l, and
-// the first entries of the warp's rows are loaded a tile ahead.
-template <class T, int kBatch>
-struct SparsePart {
-  static constexpr int kWarpRows = kRows / kServiceWarps;
-  const LinearCall& call;
-  const unsigned char* x;  // in shared memory
-  int x_stride;
-  int warp;
-  int lane;
-  int2 rows = {0, 0};
-  int2 next_rows = {0, 0};
-  int2 own[kWarpRows];  // the warp's; empty where a row is left to all warps
-
-  // Entries of the warp's rows, a lane's each, as they lie in memory: nothing is done with what is loaded,
-  // lest one load wait for another. There is at least one entry in all.
-  struct Entries {
-    uint32_t columns[kWarpRows];
-    uint32_t values[kWarpRows];
-  } first;
-
-  __device__ void load_rows(int tile) {
-    const int row = tile * kRows + lane % kRows;
-    next_rows = {0, 0};
-    if (row < call.weight.out_features) next_rows = {call.weight.crow_indices[row], call.weight.crow_indices[row + 1]};
-  }
-
-  __device__ void load(Entries& entries, int ahead) const {
-    const LutWeight& weight = call.weight;
-#pragma unroll
-    for (int i = 0; i < kWarpRows; ++i) {
-      const int entry = own[i].x + ahead < own[i].y ? own[i].x + ahead : 0;
-      entries.columns[i] = weight.wide_columns ? __ldg(static_cast<const uint32_t*>(weight.col_indices) + entry)
-                                               : __ldg(static_cast<const uint16_t*>(weight.col_indices) + entry);
-      entries.values[i] = load_bits(weight.values, weight.values_dtype, entry);
-    }
-  }
-
-  // Goes on to the tile whose rows were loaded.
-  __device__ void load_first() {
-    rows = clamped_sparse_row(call.weight, next_rows);
-#pragma unroll
-    for (int i = 0; i < kWarpRows; ++i) {
-      const int r = i * kServiceWarps + warp;
-      own[i] = {__shfl_sync(0xffffffff, rows.x, r), __shfl_sync(0xffffffff, rows.y, r)};
-      if (own[i].y - own[i].x > kHeavyRow) own[i] = {0, 0};
-    }
-    load(first, lane);
-  }
-
-  __device__ void add(float (&total)[kBatch], uint32_t column, uint32_t value) const {
-    column = min(column, call.weight.in_features - 1u);
-    const float factor = float_of_bits(value, call.weight.values_dtype);
-    const unsigned char* source = x + x_piece(column / 8) * 16 + column % 8 * 2;
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n)
-      if (n < call.batch) total[n] += factor * to_float(*reinterpret_cast<const T*>(source + n * x_stride));
-  }
-
-  __device__ void add(float (&totals)[kWarpRows][kBatch], const Entries& entries, int ahead) const {
-#pragma unroll
-    for (int i = 0; i < kWarpRows; ++i)
-      if (own[i].x + ahead < own[i].y) add(totals[i], entries.columns[i], entries.values[i]);
-  }
-
-  // The sums of the warp's rows in `sums`, zeros for the others.
-  __device__ void multiply(float (&sums)[kBatch][kRows]) const {
-    float totals[kWarpRows][kBatch] = {};
-    add(totals, first, lane);
-    int longest = 0;
-#pragma unroll
-    for (int i = 0; i < kWarpRows; ++i) longest = max(longest, own[i].y - own[i].x);
-    for (int ahead = kWarpLanes; ahead < longest; ahead += 2 * kWarpLanes) {
-      Entries more[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) load(more[i], ahead + i * kWarpLanes + lane);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) add(totals, more[i], ahead + i * kWarpLanes + lane);
-    }
-    float mine[kBatch] = {};  // of row `lane`
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n) {
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2)
-#pragma unroll
-        for (int i = 0; i < kWarpRows; ++i) totals[i][n] += __shfl_xor_sync(0xffffffff, totals[i][n], distance);
-#pragma unroll
-      for (int i = 0; i < kWarpRows; ++i)
-        if (lane == i * kServiceWarps + warp) mine[n] = totals[i][n];
-    }
-    add_heavy_rows(mine);
-    if (lane < kRows)
-#pragma unroll
-      for (int n = 0; n < kBatch; ++n) sums[n][lane] = mine[n];
-  }
-
-  // A share of every row that is left to all warps.
-  __device__ void add_heavy_rows(float (&mine)[kBatch]) const {
-    uint32_t heavy = __ballot_sync(0xffffffff, lane < kRows && rows.y - rows.x > kHeavyRow);
-    for (; heavy != 0; heavy &= heavy - 1) {
-      const int r = __ffs(heavy) - 1;
-      const int2 row = {__shfl_sync(0xffffffff, rows.x, r), __shfl_sync(0xffffffff, rows.y, r)};
-      float total[kBatch] = {};
-#pragma unroll 4
-      for (int entry = row.x + warp * kWarpLanes + lane; entry < row.y; entry += kServiceWarps * kWarpLanes)
-        add(total, sparse_column(call.weight, entry), load_bits(call.weight.values, call.weight.values_dtype, entry));
-#pragma unroll
-      for (int n = 0; n < kBatch; ++n) {
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2)
-          total[n] += __shfl_xor_sync(0xffffffff, total[n], distance);
-        if (lane == r) mine[n] += total[n];
-      }
-    }
-  }
-};
 
 // The sums of all warps, the bias and y, for one tile: by the first threads of some service warps.
 template <class T, int kBatch>
@@ -685,33 +355,22 @@ cudaError_t launch_batch(const LinearCall& call) {
   return launch<T, kBits, 8>(call);
 }
 
-template <class T>
-cudaError_t launch_bits(const LinearCall& call) {
-  switch (call.weight.bits) {
-    case 2:
-      return launch_batch<T, 2>(call);
-    case 3:
-      return launch_batch<T, 3>(call);
-    case 4:
-      return launch_batch<T, 4>(call);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
+}  // namespace streamed
 
 bool can_stream() {
   static const bool compiled = [] {
     cudaFuncAttributes attributes;
-    const auto kernel = streamed_kernel<__half, 4, 1, 2>;
+    const auto kernel = streamed::streamed_kernel<__half, 4, 1, 2>;
     return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
   }();
   return compiled;
 }
 
 cudaError_t linear_streamed(const LinearCall& call) {
-  return call.dtype == DType::kFloat16 ? launch_bits<__half>(call) : launch_bits<__nv_bfloat16>(call);
+  return dispatch(call, [&](auto type, auto bits) {
+    return streamed::launch_batch<typename decltype(type)::Type, bits.value>(call);
+  });
 }
 
 }  // namespace squeezellm_hf::cuda

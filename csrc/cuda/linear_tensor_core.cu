@@ -8,6 +8,7 @@
 //
 // The slices' sums go to a workspace; finish_linear adds them in a fixed order, with the sparse part.
 #include "bulk_copy.cuh"
+#include "dispatch.h"
 #include "row_table.cuh"
 
 namespace squeezellm_hf::cuda {
@@ -293,26 +294,13 @@ cudaError_t launch_batch(const LinearCall& call) {
   return launch<T, kBits, kMostBatch>(call);
 }
 
-template <class T>
-cudaError_t launch_bits(const LinearCall& call) {
-  switch (call.weight.bits) {
-    case 2:
-      return launch_batch<T, 2>(call);
-    case 3:
-      return launch_batch<T, 3>(call);
-    case 4:
-      return launch_batch<T, 4>(call);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 int64_t linear_slices(const LinearCall& call) { return slices(call).count; }
 
 cudaError_t linear_tensor_core(const LinearCall& call) {
-  return call.dtype == DType::kFloat16 ? launch_bits<__half>(call) : launch_bits<__nv_bfloat16>(call);
+  return dispatch(call,
+                  [&](auto type, auto bits) { return launch_batch<typename decltype(type)::Type, bits.value>(call); });
 }
 
 }  // namespace squeezellm_hf::cuda

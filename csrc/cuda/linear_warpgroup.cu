@@ -14,6 +14,7 @@
 // they are activations.
 #include <algorithm>
 
+#include "dispatch.h"
 #include "row_table.cuh"
 #include "sparse_cursor.cuh"
 #include "tensor_copy.cuh"
@@ -492,20 +493,6 @@ cudaError_t launch_tile(const LinearCall& call) {
   return launch<Tile<T, kBits, 256>>(call, plan);
 }
 
-template <class T>
-cudaError_t launch_bits(const LinearCall& call) {
-  switch (call.weight.bits) {
-    case 2:
-      return launch_tile<T, 2>(call);
-    case 3:
-      return launch_tile<T, 3>(call);
-    case 4:
-      return launch_tile<T, 4>(call);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 bool has_warpgroup_kernel() {
@@ -517,7 +504,8 @@ bool has_warpgroup_kernel() {
 }
 
 cudaError_t linear_warpgroup(const LinearCall& call) {
-  return call.dtype == DType::kFloat16 ? launch_bits<__half>(call) : launch_bits<__nv_bfloat16>(call);
+  return dispatch(call,
+                  [&](auto type, auto bits) { return launch_tile<typename decltype(type)::Type, bits.value>(call); });
 }
 
 }  // namespace squeezellm_hf::cuda

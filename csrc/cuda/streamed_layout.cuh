@@ -1,0 +1,127 @@
+// How linear_streamed divides a block's warps and its shared memory.
+#pragma once
+
+#include "tensor_copy.cuh"
+
+namespace squeezellm_hf::cuda::streamed {
+
+constexpr int kRows = 16;  // of a tile: of the tensor core's left operand
+constexpr int kWarps = 16;
+constexpr int kServiceWarps = 4;
+constexpr int kSumWarps = kWarps + kServiceWarps;  // that add to a tile's sums
+// Whole warpgroups, to which registers are given by duty; one thread of the last orders the copies.
+constexpr int kThreads = (kWarps + 2 * kServiceWarps) * kWarpLanes;
+constexpr int kServiceRegisters = 128;
+constexpr int kCopyRegisters = 24;
+constexpr int kStageWarps = 4;                      // that share a stage: few, since the slowest one holds it
+constexpr int kStageStride = kWarps / kStageWarps;  // from one stage of a warp to its next
+constexpr int kMaxStages = 32;
+constexpr int kSumBuffers = 2;    // tiles whose sums are in work at the same time
+constexpr int kEntryBytes = 256;  // from one entry of a table to the next: 8 rows x 4 copies, twice
+constexpr int kEarlyStages = 6;   // on their way before x
+constexpr int kLeastRing = 6;     // stages without which too little is on its way
+constexpr int kHeavyRow = 1024;   // sparse values of a row beyond which all service warps share it
+
+// A unit is kLaneWords consecutive words for each of 4 lanes, a whole number of groups of 8 indices.
+template <int kBits>
+struct Unit {
+  static constexpr int kLaneWords = kBits == 3 ? 6 : 4;
+  static constexpr int kLoadBytes = kBits == 3 ? 8 : 16;
+  static constexpr int kLaneLoads = kLaneWords * 4 / kLoadBytes;
+  static constexpr int kLaneWeights = kLaneWords * 32 / kBits;
+  static constexpr int kBytes = 4 * kLaneWords * 4;
+  static constexpr int kWeights = 4 * kLaneWeights;
+  static constexpr int kGroups = kLaneWeights / 8;
+  static constexpr int kPairs = 1 << (2 * kBits);
+  static constexpr int kStageBytes = kStageWarps * kBytes;  // of a row
+  static constexpr int kStageWeights = kStageWarps * kWeights;
+  static constexpr int kSlotBytes = kRows * kStageBytes;
+};
+
+// Weights are copied in boxes of 16 rows of 128 bytes, whose 16-byte pieces are turned by the row's number
+// modulo 8. The rows that the lanes l / 4 take are chosen so that the lanes of a load meet different banks.
+constexpr int kBoxRowBytes = 128;
+constexpr int kBoxBytes = kRows * kBoxRowBytes;
+template <int kBits>
+__host__ __device__ constexpr int tile_row(int lane_row) {
+  return kBits == 3 ? lane_row * 2 % 8 + lane_row / 4 : lane_row / 2 + lane_row % 2 * 4;
+}
+__host__ __device__ constexpr int box_offset(int row, int byte) {
+  return byte / kBoxRowBytes * kBoxBytes + row * kBoxRowBytes + ((byte / 16 ^ row) % 8 * 16) + byte % 16;
+}
+
+// The ring starts where boxes may.
+__host__ __device__ constexpr int ring_offset(int64_t bytes) { return static_cast<int>((bytes + 1023) / 1024 * 1024); }
+
+// What the host decides: how shared memory is divided.
+struct Plan {
+  int stages;    // of a tile
+  int ring;      // stages in shared memory: a multiple of kStageStride, so that a slot keeps its warps
+  int x_stride;  // bytes between columns of x in shared memory
+};
+
+// With two buffers the next tile's tables are filled during the work on one; rows that leave too little
+// room for the ring have one.
+template <class T, int kBits, int kBatch, int kTableBuffers>
+struct alignas(16) Shared {
+  static constexpr int kBuffers = kTableBuffers;
+  // Entry e of row r holds the values of the indices e % 2^bits (low half) and e / 2^bits, four times.
+  struct Table {
+    uint32_t pairs[Unit<kBits>::kPairs][2][8][4];
+  } tables[kBuffers];
+  float sums[kSumBuffers][kSumWarps][kBatch][kRows];
+  uint64_t full[kMaxStages];
+  uint64_t empty[kMaxStages];
+  uint64_t tables_full[kBuffers];
+  uint64_t tables_empty[kBuffers];
+  uint64_t sums_full[kSumBuffers];
+  uint64_t sums_empty[kSumBuffers];
+  uint64_t x_full;
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// Warps that add a tile's sums.
+template <int kBatch>
+constexpr int kFinishWarps = (kBatch * kRows + kWarpLanes - 1) / kWarpLanes;
+
+// Position in the ring: a slot and the parity of its phase.
+struct Slot {
+  int index;
+  uint32_t parity = 0;
+  __device__ void advance(int steps, int ring) {
+    index += steps;
+    while (index >= ring) index -= ring, parity ^= 1;
+  }
+};
+
+// Byte offset in a table of the entry for pair j of a lane's words. `base` is the lane's own offset and
+// the table's, which do not meet the pair's bits; for 2 bits the table's is apart, in `nibbles_base`.
+template <int kBits>
+__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords], int j, uint32_t base,
+                                                uint32_t nibbles_base) {
+  const int word = j * 2 * kBits / 32;
+  const int shift = j * 2 * kBits % 32;
+  const uint32_t bits = words[word];
+  if constexpr (kBits == 4) {
+    // One instruction: the pair's byte becomes the second byte.
+    return __byte_perm(bits, base, 0x7604 | shift / 8 << 4);
+  } else if constexpr (kBits == 2) {
+    // The compiler shares the masked word among the four pairs at even (or odd) nibbles.
+    const uint32_t nibbles = and_or(shift % 8 ? bits >> 4 : bits, 0x0F0F0F0F, nibbles_base);
+    return __byte_perm(nibbles, base, 0x7604 | shift / 8 << 4);
+  } else {
+    constexpr uint32_t kMask = (Unit<kBits>::kPairs - 1) * kEntryBytes;
+    const int next = min(word + 1, Unit<kBits>::kLaneWords - 1);
+    if (shift + 2 * kBits > 32) return and_or(__funnelshift_r(bits, words[next], shift - 8), kMask, base);
+    return and_or(shift >= 8 ? bits >> (shift - 8) : bits << (8 - shift), kMask, base);
+  }
+}
+
+// Where x[k] of 8 consecutive k lies in its column, in pieces of 16 bytes: turned in every 128 bytes, so
+// that the 4 lanes of a row, whose activations are 64 or 128 bytes apart, do not meet in a bank.
+__device__ __forceinline__ int x_piece(int piece) { return piece ^ (piece >> 3 & 7); }
+
+#endif
+
+}  // namespace squeezellm_hf::cuda::streamed
