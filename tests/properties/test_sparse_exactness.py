@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,6 +40,7 @@ def test_sparse_cells_come_back(seed: int, dtype: torch.dtype, bits: int, expone
         * torch.randn(16, 50, generator=generator)
         * torch.randn(16, 50, generator=generator).exp()
     ).to(dtype)
+    assume(bool(weight.isfinite().all()))  # fp16 does not hold all of them; infinity is refused
     fisher = torch.randn(16, 50, generator=generator).exp()
     tensors = quantize_weight(weight, fisher, SqueezeLLMParameters(bits, 0.05, 0.05))
     restored, original, tables = sparse_cells(tensors, weight, bits)
