@@ -8,6 +8,7 @@ Results are checked before they are timed.
 
 import argparse
 import itertools
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from tqdm import tqdm
 
 from squeezellm_hf import ops
 from squeezellm_hf.formats import csr
@@ -128,7 +130,7 @@ def check(y: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def bench_layer(
-    out_features: int, in_features: int, args: argparse.Namespace, bandwidth: float
+    out_features: int, in_features: int, args: argparse.Namespace, bandwidth: float, bar: tqdm
 ) -> list[Result]:
     """All batches of one shape; all kinds of weight in turns, so that drifting clocks cancel."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float16
@@ -180,6 +182,7 @@ def bench_layer(
                     medians["linear"] / seconds, moved / seconds / bandwidth,
                 )
             )  # fmt: skip
+        bar.update()
     return results
 
 
@@ -211,13 +214,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("--dtype must be bf16 or fp16 on a CUDA device")
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
-    results: list[Result] = []
-    for out_features, in_features in args.shapes or SHAPES:
-        results += bench_layer(out_features, in_features, args, bandwidth)
-    print_tables(results, args.batches or BATCHES, args.dtype, bandwidth)
-    return {
+    document = {
         "hardware": hardware.stamp("cuda"),
         "read_bandwidth_bytes_per_s": bandwidth,
         "dtype": args.dtype,
-        "results": [asdict(result) for result in results],
     }
+    results: list[Result] = []
+    shapes, batches = args.shapes or SHAPES, args.batches or BATCHES
+    with tqdm(total=len(shapes) * len(batches), unit="batch") as bar:
+        for out_features, in_features in shapes:
+            bar.set_description(f"{out_features} x {in_features}")
+            results += bench_layer(out_features, in_features, args, bandwidth, bar)
+            # What is measured is kept, whatever becomes of the shapes to come.
+            document["results"] = [asdict(result) for result in results]
+            if args.json is not None:
+                args.json.write_text(json.dumps(document, indent=2) + "\n")
+    print_tables(results, batches, args.dtype, bandwidth)
+    return document

@@ -151,7 +151,7 @@ def fits(name: str, weights: str, layers: int | None, device: str) -> bool:
     if weights != "bf16" or device != "cuda":
         return True
     needed = sum(bytes_of(skeleton(config(name, layers))))
-    return needed < 0.95 * torch.cuda.get_device_properties(0).total_memory
+    return needed < 0.9 * torch.cuda.get_device_properties(0).total_memory
 
 
 class Bench:

@@ -104,6 +104,9 @@ __device__ void serve(Shared<T, kBits, kBatch, kBuffers>& shared, const LinearCa
     // The warps take turns at the end of a tile.
     const int turn = (warp + count) % kServiceWarps;
     if (turn < kFinishWarps<kBatch>) {
+      // Only once the buffer's last tile is written does the parity tell this tile's phase from that one's: no
+      // tables are filled for a last tile, which would have held this warp back until then.
+      wait(shared.sums_empty[buffer], parity ^ 1);
       wait(shared.sums_full[buffer], parity);
       write_y<T, kBatch>(shared.sums[buffer], call, tile, turn * kWarpLanes + lane);
       __syncwarp();

@@ -239,6 +239,26 @@ def test_results_are_bit_identical(batch: int) -> None:
         assert torch.equal(ops.lut_linear(x, **weight, bits=4), first)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.005])
+@pytest.mark.parametrize("batch", [1, 4, 8, 40])
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_thousands_of_calls_one_behind_the_other(bits: int, batch: int, density: float) -> None:
+    """Blocks that go through many short tiles, at whatever pace: as calls follow in a graph."""
+    made = make_weight(14336, 1024, bits, density=density)
+    weight, x = on_gpu(made), make_x(batch, 1024, "fp16")
+    on_device = x.cuda()
+    expected = ops.lut_linear(on_device, **weight, bits=bits)
+    assert_close(expected.cpu(), x, as_multiplied(made, batch, "fp16"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [ops.lut_linear(on_device, **weight, bits=bits) for _ in range(100)]
+    for _ in range(40):
+        for y in outputs:
+            y.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(y, expected) for y in outputs)
+
+
 @pytest.mark.parametrize("batch", [1, 8, 40, 300])
 def test_graphs_and_streams(batch: int) -> None:
     weight = on_gpu(make_weight(130, 512, 4, density=0.01))
