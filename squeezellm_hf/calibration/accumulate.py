@@ -1,7 +1,7 @@
 """One walk over the calibration sequences, for all statistics that are taken on the way."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -71,10 +71,7 @@ def accumulate(
     scale = FP16_LOSS_SCALE if half else 1.0
     backward = any(statistic.needs_gradients for statistic in statistics)
     device = input_device(model)
-    with ExitStack() as cleanup:
-        cleanup.callback(_restore, model, _state(model))
-        model.requires_grad_(False)
-        model.eval()
+    with frozen(model), ExitStack() as cleanup:
         for statistic in statistics:
             for hook in statistic.attach(scale):
                 cleanup.callback(hook.remove)
@@ -111,13 +108,16 @@ def _run(model: Any, ids: Tensor, index: int, scale: float, backward: bool) -> N
             (loss * scale).backward()
 
 
-def _state(model: nn.Module) -> tuple[bool, dict[nn.Parameter, bool]]:
-    return model.training, {p: p.requires_grad for p in model.parameters()}
-
-
-def _restore(model: nn.Module, state: tuple[bool, dict[nn.Parameter, bool]]) -> None:
-    training, trainable = state
-    for parameter, required in trainable.items():
-        parameter.requires_grad_(required)
-        parameter.grad = None
-    model.train(training)
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with no parameter that requires a gradient; afterwards as before."""
+    training, trainable = model.training, {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter, required in trainable.items():
+            parameter.requires_grad_(required)
+            parameter.grad = None
+        model.train(training)

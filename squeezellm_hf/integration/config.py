@@ -20,7 +20,7 @@ QUANT_METHOD = "squeezellm"
 SCHEMA_VERSION = 1
 
 # Fields of the run, not of the result: never written to a checkpoint.
-RUN_FIELDS = ("tokenizer", "work_dir", "dequantize")
+RUN_FIELDS = ("tokenizer", "work_dir", "blockwise", "dequantize")
 TABLE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -120,6 +120,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             Needs 4 bytes a weight there, for codebooks "lnq" and "guided" also the size of the
             Hessians that fit in memory together, and for distillation 2 * hidden_size bytes a
             token (without it, these go into a temporary directory).
+        blockwise: Calibrate and quantize block by block, the model in CPU memory and one block at a
+            time on the device: the same result, for models that do not fit there together with 4
+            bytes a weight. None: where that is so. Keeps what every block gets in CPU memory,
+            2 * hidden_size bytes a token and block.
         dequantize: On loading a quantized checkpoint: give back a plain model instead.
     """
 
@@ -151,6 +155,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     distill_indices: bool = False
     tokenizer: Any = None
     work_dir: str | None = None
+    blockwise: bool | None = None
     dequantize: bool = False
     schema_version: int = field(default=SCHEMA_VERSION, init=False)
     modules: dict[str, dict[str, Any]] | None = field(default=None, init=False)
@@ -224,6 +229,13 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         no_text = self.dataset is None and self.distill_dataset is None
         if self.distillation is not None and self.modules is None and no_text:
             raise ValueError("distill_steps needs text: distill_dataset and dataset are both None")
+        if self.blockwise not in (None, True, False):
+            raise ValueError(f"blockwise must be True, False or None, got {self.blockwise!r}")
+        if self.blockwise and self.distillation is not None:
+            raise ValueError(
+                "blockwise=True: distillation needs the whole original on the device; "
+                "distill the quantized model afterwards, or leave distill_steps at 0"
+            )
         if not isinstance(self.dequantize, bool):
             raise ValueError(f"dequantize must be true or false, got {self.dequantize!r}")
         for name, optional in (("dataset_split", False), ("text_column", True)):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from squeezellm_hf.integration import saving
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.quantizer import SqueezeLLMHfQuantizer
@@ -24,7 +26,8 @@ def quantize_model(
         ``model``, ready to generate, ``save_pretrained`` and ``push_to_hub``.
 
     Raises:
-        ValueError: if the model is quantized already, has nothing to quantize, holds a weight
+        ValueError: if the model is quantized already, is not in CPU memory though ``blockwise`` is
+            set, has nothing to quantize, holds a weight
             that is not finite, or the calibration data does not suffice.
     """
     config = SqueezeLLMConfig() if config is None else config
@@ -36,9 +39,19 @@ def quantize_model(
             "original, or rebuild it from its config and state_dict if it was dequantized"
         )
     run = prepare(model, config, tokenizer)
-    run.quantize(model, progress)
+    run.quantize(model, progress, block_device=_block_device(model, config))
     mark_quantized(model, config)
     return model
+
+
+def _block_device(model: Any, config: SqueezeLLMConfig) -> torch.device | None:
+    """Where to compute block by block, if that is asked for."""
+    if not config.blockwise:
+        return None
+    elsewhere = next((n for n, p in model.named_parameters() if p.device.type != "cpu"), None)
+    if elsewhere is not None:
+        raise ValueError(f"blockwise=True needs the model in CPU memory; {elsewhere} is not")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def mark_quantized(model: Any, config: SqueezeLLMConfig) -> None:

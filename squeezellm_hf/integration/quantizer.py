@@ -101,8 +101,14 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         else:
             if self._run is None:
                 raise RuntimeError("the model was not preprocessed by this quantizer")
-            model.to(quantization_device(self._device_map))
-            self._run.quantize(model, progress=logging.is_progress_bar_enabled())
+            device = quantization_device(self._device_map)
+            progress = logging.is_progress_bar_enabled()
+            if self._run.blockwise(model, device):
+                self._run.quantize(model, progress, block_device=device)
+                model.to(device)
+            else:
+                model.to(device)
+                self._run.quantize(model, progress)
             self._run = None
             place(model, self._device_map)
             self.pre_quantized = True

@@ -21,6 +21,7 @@ from squeezellm_hf.integration.record import record_layers
 from squeezellm_hf.integration.tokenizer import tokenizer_for
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
+from squeezellm_hf.pipeline.blockwise import fits
 from squeezellm_hf.pipeline.plan import check_calibration
 
 
@@ -40,18 +41,38 @@ class Run:
     sequences: Tensor | None
     texts: Sequences | None
 
-    def quantize(self, model: Any, progress: bool = True) -> None:
-        """Quantize ``model`` in place and record in ``config`` what a reload needs."""
+    def blockwise(self, model: Any, device: torch.device) -> bool:
+        """Whether ``model``, in CPU memory, is to be quantized block by block on ``device``."""
+        if self.config.blockwise is not None:
+            return self.config.blockwise
+        return self.texts is None and not fits(model, self.plan, device)
+
+    def quantize(
+        self, model: Any, progress: bool = True, *, block_device: torch.device | None = None
+    ) -> None:
+        """Quantize ``model`` in place and record in ``config`` what a reload needs.
+
+        Args:
+            model: on its devices, or in CPU memory with a ``block_device``.
+            progress: show progress bars.
+            block_device: where to compute, one block at a time. Default: where the model is.
+        """
         if self.texts is None:
-            layers = self._quantize(model, progress)
+            layers = self._quantize(model, progress, block_device)
         else:
             layers = self._quantize_and_distill(model, self.texts, progress)
         record_layers(self.config, layers)
 
-    def _quantize(self, model: Any, progress: bool) -> dict[str, SqueezeLLMLinear]:
-        work_dir = self.config.work_dir
+    def _quantize(
+        self, model: Any, progress: bool, block_device: torch.device | None = None
+    ) -> dict[str, SqueezeLLMLinear]:
         return quantize_modules(
-            model, self.plan, self.sequences, work_dir=work_dir, progress=progress
+            model,
+            self.plan,
+            self.sequences,
+            work_dir=self.config.work_dir,
+            progress=progress,
+            device=block_device,
         )
 
     def _quantize_and_distill(

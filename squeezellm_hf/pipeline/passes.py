@@ -5,7 +5,7 @@ memory together. Each pass over the calibration data collects those of consecuti
 depends on the machine's memory and the plan alone: a run that is resumed makes the same one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ def make_passes(
                 counted.add(source)
         passes[-1].names.append(name)
     for each in passes:
-        each.parts = _parts(each, plan, linears)
+        each.parts = parts_of(each.names, plan, linears)
     return passes
 
 
@@ -105,16 +105,17 @@ def _memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def _parts(each: Pass, plan: Plan, linears: Mapping[str, nn.Linear]) -> list[list[str]]:
+def parts_of(names: Iterable[str], plan: Plan, linears: Mapping[str, nn.Linear]) -> list[list[str]]:
     """Layers that need a Hessian, those of one shape together; the others singly."""
     parts: list[list[str]] = []
     last: dict[Any, list[str]] = {}
-    for name in each.names:
+    for name in names:
         weight = linears[name].weight
         key = (weight.shape, weight.device, plan[name])
         most = _CPU_CELLS if weight.device.type == "cpu" else _DEVICE_CELLS
         part = last.get(key)
-        if name in each.groups and part and (len(part) + 1) * weight.numel() <= most:
+        needs_hessian = plan[name].hessian_groups is not None
+        if needs_hessian and part and (len(part) + 1) * weight.numel() <= most:
             part.append(name)
         else:
             last[key] = [name]

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from squeezellm_hf.calibration.blocks import on_device
 from squeezellm_hf.calibration.hessian import Hessians, shared_inputs
 from squeezellm_hf.methods.squeezellm import WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import passes
+from squeezellm_hf.pipeline.blockwise import quantize_blockwise
 from squeezellm_hf.pipeline.calibrate import Calibration
 from squeezellm_hf.pipeline.plan import Plan, check_calibration
 from squeezellm_hf.pipeline.work_dir import WorkDir, fingerprint
@@ -24,6 +26,7 @@ def quantize_modules(
     *,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    device: torch.device | None = None,
     hessian_budgets: Mapping[torch.device, int] | None = None,
 ) -> dict[str, SqueezeLLMLinear]:
     """Replace the linear layers named in ``plan`` by quantized ones, in place.
@@ -43,6 +46,9 @@ def quantize_modules(
         work_dir: where finished work is kept. A run that was killed goes on from there and ends
             in the identical result.
         progress: show progress bars.
+        device: where to compute; the model is in CPU memory and stays there, and its blocks are
+            moved one at a time (:mod:`squeezellm_hf.pipeline.blockwise`). Default: where the
+            model is, all of it at once.
         hessian_budgets: bytes for Hessians on each device that holds planned layers. Default:
             :func:`squeezellm_hf.pipeline.passes.hessian_budgets`, half of what model and Fisher
             sums leave.
@@ -59,6 +65,8 @@ def quantize_modules(
     check_calibration(plan, sequences is not None)
     run = WorkDir(work_dir, fingerprint(model, sequences)) if work_dir is not None else None
     done = _finished(plan, run)
+    if device is not None:
+        return _quantize_blocks(model, plan, linears, sequences, device, done, run, progress)
     shared = {}
     if sequences is not None and any(p.hessian_groups == 0 for p in plan.values()):
         shared = shared_inputs(model, linears, sequences[0])
@@ -89,6 +97,37 @@ def quantize_modules(
                 calibration.drop(each.groups)
         _swap_all(model, list(plan), plan, linears, done, layers)
     return {name: layers[name] for name in plan}
+
+
+def _quantize_blocks(
+    model: nn.Module,
+    plan: Plan,
+    linears: dict[str, Any],
+    sequences: Tensor | None,
+    device: torch.device,
+    done: dict[str, dict[str, Tensor]],
+    run: WorkDir | None,
+    progress: bool,
+) -> dict[str, SqueezeLLMLinear]:
+    def quantize(
+        part: list[str], fisher: dict[str, Tensor] | None, hessians: Hessians | None
+    ) -> None:
+        found = _quantize(part, plan, linears, fisher, hessians, run)
+        for name, tensors in found.items():
+            done[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
+
+    unfinished = {name for name in plan if name not in done}
+    if sequences is not None and unfinished:
+        quantize_blockwise(
+            model, plan, linears, sequences, device, unfinished, quantize, progress=progress
+        )
+    elif unfinished:
+        for name in tqdm(sorted(unfinished), desc="Quantizing", unit="layer", disable=not progress):
+            with on_device([linears[name].weight], device):
+                quantize([name], None, None)
+    layers: dict[str, SqueezeLLMLinear] = {}
+    _swap_all(model, list(plan), plan, linears, done, layers)
+    return layers
 
 
 def _quantize(

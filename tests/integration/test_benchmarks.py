@@ -122,3 +122,14 @@ def test_devices(
         expected.write_text(json.dumps({**recorded, **changed}))
         with pytest.raises(SystemExit):
             script.main(compare)
+
+
+@pytest.mark.parametrize("script", ["blockwise"], indirect=True)
+def test_blockwise(script: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "blockwise.json"
+    script.main(
+        f"--model tiny --device cpu --n-samples 2 --sequence-length 16 --json {file}".split()
+    )
+    results = json.loads(file.read_text())["results"]
+    assert [result["codebook"] for result in results] == ["kmeans", "guided"]
+    assert all(result["tokens"] == 32 and result["seconds"] > 0 for result in results)
