@@ -5,22 +5,33 @@
 
 namespace squeezellm_hf::cuda::streamed {
 
-constexpr int kRows = 16;  // of a tile: of the tensor core's left operand
-constexpr int kWarps = 16;
-constexpr int kServiceWarps = 4;
-constexpr int kSumWarps = kWarps + kServiceWarps;  // that add to a tile's sums
-// Whole warpgroups, to which registers are given by duty; one thread of the last orders the copies.
-constexpr int kThreads = (kWarps + 2 * kServiceWarps) * kWarpLanes;
-constexpr int kServiceRegisters = 128;
-constexpr int kCopyRegisters = 24;
-constexpr int kStageWarps = 4;                      // that share a stage: few, since the slowest one holds it
-constexpr int kStageStride = kWarps / kStageWarps;  // from one stage of a warp to its next
-constexpr int kMaxStages = 32;
+constexpr int kRows = 16;         // of a tile: of the tensor core's left operand
+constexpr int kStageWarps = 4;    // that share a stage: few, since the slowest one holds it
+constexpr int kMaxStages = 32;    // of the ring
 constexpr int kSumBuffers = 2;    // tiles whose sums are in work at the same time
-constexpr int kEntryBytes = 256;  // from one entry of a table to the next: 8 rows x 4 copies, twice
+constexpr int kTableBuffers = 2;  // the next tile's tables are filled during the work on one
+constexpr int kEntryBytes = 256;  // from one entry of a table to the next
 constexpr int kEarlyStages = 6;   // on their way before x
 constexpr int kLeastRing = 6;     // stages without which too little is on its way
-constexpr int kHeavyRow = 1024;   // sparse values of a row beyond which all service warps share it
+#ifdef NO_READ_AHEAD
+constexpr bool kReadAhead = false;
+#else
+constexpr bool kReadAhead = true;
+#endif
+constexpr int kWideBlock = 16;   // looking-up warps of the only block of a multiprocessor
+constexpr int kNarrowBlock = 8;  // and of each of two
+
+// The warps of a block, by duty, in this order.
+template <int kBlockWarps>
+struct Duties {
+  static constexpr int kWarps = kBlockWarps;                 // look up and multiply
+  static constexpr int kStageStride = kWarps / kStageWarps;  // from one stage of a warp to its next
+  static constexpr int kFillWarps = kWarps / 4;
+  static constexpr int kSumWarps = kWarps / 8;  // multiply the sparse part, add all sums, write y
+  static constexpr int kCopyWarp = kWarps + kFillWarps + kSumWarps;
+  static constexpr int kThreads = (kCopyWarp + 1) * kWarpLanes;
+  static constexpr int kBlocks = kWideBlock / kWarps;  // of a multiprocessor
+};
 
 // A unit is kLaneWords consecutive words for each of 4 lanes, a whole number of groups of 8 indices.
 template <int kBits>
@@ -38,13 +49,23 @@ struct Unit {
   static constexpr int kSlotBytes = kRows * kStageBytes;
 };
 
+// Copies of each table, so that the lanes of a look-up meet different banks. With four, a lane's two look-ups
+// take the rows l / 4 and l / 4 + 8, as the tensor core wants them. With two, which take half as long to fill,
+// the lanes 2 and 3 of every four take them in the other order ("crossed").
+template <int kBits>
+#ifdef TWO_COPIES
+constexpr int kCopies = 2;
+#else
+constexpr int kCopies = kBits == 4 ? 2 : 4;
+#endif
+
 // Weights are copied in boxes of 16 rows of 128 bytes, whose 16-byte pieces are turned by the row's number
 // modulo 8. The rows that the lanes l / 4 take are chosen so that the lanes of a load meet different banks.
 constexpr int kBoxRowBytes = 128;
 constexpr int kBoxBytes = kRows * kBoxRowBytes;
 template <int kBits>
 __host__ __device__ constexpr int tile_row(int lane_row) {
-  return kBits == 3 ? lane_row * 2 % 8 + lane_row / 4 : lane_row / 2 + lane_row % 2 * 4;
+  return lane_row / 8 * 8 + (kBits == 3 ? lane_row * 2 % 8 + lane_row % 8 / 4 : lane_row % 8 / 2 + lane_row % 2 * 4);
 }
 __host__ __device__ constexpr int box_offset(int row, int byte) {
   return byte / kBoxRowBytes * kBoxBytes + row * kBoxRowBytes + ((byte / 16 ^ row) % 8 * 16) + byte % 16;
@@ -53,37 +74,65 @@ __host__ __device__ constexpr int box_offset(int row, int byte) {
 // The ring starts where boxes may.
 __host__ __device__ constexpr int ring_offset(int64_t bytes) { return static_cast<int>((bytes + 1023) / 1024 * 1024); }
 
-// What the host decides: how shared memory is divided.
+// What the host decides.
 struct Plan {
   int stages;    // of a tile
   int ring;      // stages in shared memory: a multiple of kStageStride, so that a slot keeps its warps
   int x_stride;  // bytes between columns of x in shared memory
+  int split;     // blocks that share a tile's columns: 1, or the 2 of a cluster
 };
 
-// With two buffers the next tile's tables are filled during the work on one; rows that leave too little
-// room for the ring have one.
-template <class T, int kBits, int kBatch, int kTableBuffers>
+// Entry e of row r holds the values of the indices e % 2^bits (low half) and e / 2^bits, in each copy. With two
+// copies the two buffers take turns in every entry, lest the entries of one be less than kEntryBytes apart.
+template <int kBits>
+__host__ __device__ constexpr int table_offset(int buffer, int entry, int lane_row) {
+  return kCopies<kBits> == 2 ? entry * kEntryBytes + buffer * (kEntryBytes / 2) + lane_row * 8
+                             : (buffer * Unit<kBits>::kPairs + entry) * kEntryBytes + lane_row * 16;
+}
+
+template <class T, int kBits, int kBatch, int kWarps>
 struct alignas(16) Shared {
-  static constexpr int kBuffers = kTableBuffers;
-  // Entry e of row r holds the values of the indices e % 2^bits (low half) and e / 2^bits, four times.
-  struct Table {
-    uint32_t pairs[Unit<kBits>::kPairs][2][8][4];
-  } tables[kBuffers];
-  float sums[kSumBuffers][kSumWarps][kBatch][kRows];
+  static constexpr int kTableBytes = Unit<kBits>::kPairs * kEntryBytes * kTableBuffers * kCopies<kBits> / 4;
+  unsigned char tables[kTableBytes];
+  float sums[kSumBuffers][kWarps + 1][kBatch][kRows];  // of the warps, and of the sparse part
+  float other_sums[kBatch][kRows];                     // what the cluster's other block adds
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
-  uint64_t tables_full[kBuffers];
-  uint64_t tables_empty[kBuffers];
+  uint64_t tables_full[kTableBuffers];
+  uint64_t tables_empty[kTableBuffers];
   uint64_t sums_full[kSumBuffers];
   uint64_t sums_empty[kSumBuffers];
+  uint64_t other_full;
+  uint64_t other_empty;  // of the other block's other_sums
   uint64_t x_full;
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// Warps that add a tile's sums.
-template <int kBatch>
-constexpr int kFinishWarps = (kBatch * kRows + kWarpLanes - 1) / kWarpLanes;
+// A block's share of the work.
+struct Work {
+  int first;  // tile, then every step-th
+  int step;
+  int tiles;
+  int first_stage;
+  int stages;
+  int split;
+  int rank;  // in the cluster
+
+  __device__ Work(const Plan& plan, int out_features) : split(plan.split) {
+    rank = split == 1 ? 0 : static_cast<int>(blockIdx.x % 2);
+    first = blockIdx.x / split;
+    step = gridDim.x / split;
+    const int all_tiles = (out_features + kRows - 1) / kRows;
+    tiles = (all_tiles - first + step - 1) / step;
+    const int half = (plan.stages + 1) / 2;
+    first_stage = rank * half;
+    stages = split == 1 ? plan.stages : rank == 0 ? half : plan.stages - half;
+  }
+  __device__ int tile(int count) const { return first + count * step; }
+  // The blocks of a cluster take turns at the end of a tile.
+  __device__ bool finishes(int count) const { return split == 1 || count % 2 == rank; }
+};
 
 // Position in the ring: a slot and the parity of its phase.
 struct Slot {
