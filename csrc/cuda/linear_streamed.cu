@@ -6,8 +6,7 @@
 //  - some fill the next tile's tables (streamed_tables.cuh);
 //  - one or two multiply the sparse part, add the warps' sums and write y (streamed_sums.cuh, streamed_sparse.cuh);
 //  - one thread orders copies of packed rows into a ring of stages.
-// They meet on barriers in shared memory only. x stays in shared memory. The blocks of a cluster of two may
-// share a tile's columns.
+// They meet on barriers in shared memory only. x stays in shared memory.
 #include "dispatch.h"
 #include "streamed_dense.cuh"
 #include "streamed_sums.cuh"
@@ -27,7 +26,7 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps>& shared, unsigned 
   Slot slot{0};
   int early = kEarlyStages;
   for (int count = 0; count < work.tiles; ++count) {
-    for (int stage = 0; stage < work.stages; ++stage) {
+    for (int stage = 0; stage < plan.stages; ++stage) {
       // x must not queue behind a whole ring.
       if (early-- == 0) wait(shared.x_full, 0);
       wait(shared.empty[slot.index], slot.parity ^ 1);
@@ -36,7 +35,7 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps>& shared, unsigned 
       arrive_expecting(full, U::kSlotBytes);
 #pragma unroll
       for (int box = 0; box < U::kStageBytes / kBoxRowBytes; ++box) {
-        const int byte = (work.first_stage + stage) * U::kStageBytes + box * kBoxRowBytes;
+        const int byte = stage * U::kStageBytes + box * kBoxRowBytes;
         copy_tile(target + box * kBoxBytes, weights, byte / 4, work.tile(count) * kRows, full);
       }
       slot.advance(1, plan.ring);
@@ -45,8 +44,8 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps>& shared, unsigned 
 }
 
 template <class T, int kBits, int kBatch, int kWarps>
-__device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call, const Plan& plan,
-                                    const Work& work) {
+__device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call,
+                                    const Plan& plan) {
   using D = Duties<kWarps>;
   for (int i = 0; i < plan.ring; ++i) {
     initialize_barrier(shared.full[i], 1);
@@ -57,13 +56,9 @@ __device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps>& shared, co
     initialize_barrier(shared.tables_empty[i], kWarps);
   }
   for (int i = 0; i < kSumBuffers; ++i) {
-    // The tiles that a block of a cluster finishes all have one buffer.
-    const bool sparse = call.weight.crow_indices != nullptr && work.finishes(i);
-    initialize_barrier(shared.sums_full[i], kWarps + (sparse ? D::kSumWarps : 0));
+    initialize_barrier(shared.sums_full[i], kWarps + (call.weight.crow_indices != nullptr ? D::kSumWarps : 0));
     initialize_barrier(shared.sums_empty[i], 1);
   }
-  initialize_barrier(shared.other_full, 1);
-  initialize_barrier(shared.other_empty, 1);
   initialize_barrier(shared.x_full, kWarps);
   fence_barriers();
 }
@@ -74,18 +69,17 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
   auto& shared = *reinterpret_cast<Shared<T, kBits, kBatch, kWarps>*>(memory);
   unsigned char* x = memory + sizeof(shared);
   unsigned char* ring = memory + ring_offset(sizeof(shared) + kBatch * plan.x_stride);
-  const Work work(plan, call.weight.out_features);
+  const Work work(call.weight.out_features);
   const int lane = threadIdx.x % kWarpLanes;
   // The shuffle tells the compiler that a warp's lanes agree on it.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarpLanes, 0);
 
+  // The longest way to the first products begins before the barriers are there.
+  TablePart<T, kBits, D::kFillWarps> tables(call.weight, warp - kWarps, lane);
+  if (warp >= kWarps && warp < kWarps + D::kFillWarps) tables.load(work.tile(0));
   if (warp == D::kCopyWarp && lane == 0) prefetch_map(weights);
-  if (threadIdx.x == 0) initialize_barriers(shared, call, plan, work);
-  if (plan.split > 1) {
-    synchronize_cluster();
-  } else {
-    __syncthreads();
-  }
+  if (threadIdx.x == 0) initialize_barriers(shared, call, plan);
+  __syncthreads();
   // The next kernel may start where this one's blocks have ended; until the previous one is complete,
   // only weights are read.
   allow_next_kernel();
@@ -93,16 +87,11 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
     load_x<T, kBits, kWarps>(x, shared.x_full, call, plan);
     multiply_dense(shared, ring, x, call, plan, work, warp, lane);
   } else if (warp < kWarps + D::kFillWarps) {
-    fill_tables(shared, call.weight, work, warp - kWarps, lane);
+    fill_tables(shared, tables, work, lane);
   } else if (warp < D::kCopyWarp) {
     sum_up(shared, call, x, plan, work, warp - kWarps - D::kFillWarps, lane);
   } else if (elect_lane()) {
     order_copies(shared, ring, weights, plan, work);
-  }
-  if (plan.split > 1) {
-    // The other block may still write to this one's shared memory.
-    __syncwarp();
-    synchronize_cluster();
   }
 }
 
@@ -124,19 +113,14 @@ int block_memory(const LinearCall& call) {
   return (call.shared_memory + kReserved) / Duties<kWarps>::kBlocks - kReserved;
 }
 
-// The time of a multiprocessor's tiles, in wavefronts of shared memory: look-ups, packed words in and out and x
-// for each stage, tables and what else a tile costs. Columns are shared by the two blocks of a cluster where the
-// tiles are few or would leave many multiprocessors idle at the end.
-template <int kBits>
-int choose_split(const LinearCall& call, int stages) {
-  constexpr int kStageTime = 4 * (kBits == 4 ? 49 : kBits == 3 ? 90 : 82);
-  constexpr int kTileTime = (kBits == 4 ? 256 : kBits == 3 ? 128 : 32) + 400;
+// Whether two blocks a multiprocessor are faster than one. While one of them ends a tile, or has no next one, the
+// other goes on; but a tile takes each of them twice as long, and the last tiles may leave half of the blocks idle.
+bool prefers_narrow(const LinearCall& call) {
+  constexpr int kLongRow = 8192;  // with few ends of tiles to cover
   const int tiles = (call.weight.out_features + kRows - 1) / kRows;
-  const auto time = [&](int split) {
-    const int groups = call.multiprocessors / split;
-    return int64_t{(tiles + groups - 1) / groups} * ((stages + split - 1) / split * kStageTime + kTileTime);
-  };
-  return stages >= 4 && time(2) * 21 < time(1) * 20 ? 2 : 1;
+  const auto rounds = [&](int blocks) { return (tiles + blocks - 1) / blocks; };
+  return call.weight.in_features <= kLongRow &&
+         8 * rounds(2 * call.multiprocessors) <= 5 * rounds(call.multiprocessors);
 }
 
 // The ring is empty where x does not fit.
@@ -154,7 +138,6 @@ Plan make_plan(const LinearCall& call) {
   plan.ring = static_cast<int>(room / U::kSlotBytes);
   if (plan.ring > kMaxStages) plan.ring = kMaxStages;
   plan.ring -= plan.ring % Duties<kWarps>::kStageStride;
-  plan.split = choose_split<kBits>(call, plan.stages);
   return plan;
 }
 
@@ -173,26 +156,26 @@ cudaError_t launch(const LinearCall& call, const Plan& plan) {
                       weights);
   if (mapped != cudaSuccess) return mapped;
   const int tiles = (weight.out_features + kRows - 1) / kRows;
-  const int groups = call.multiprocessors * Duties<kWarps>::kBlocks / plan.split;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.split), 1, 1};
+  const int blocks = call.multiprocessors * Duties<kWarps>::kBlocks;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = (tiles < groups ? tiles : groups) * plan.split;
+  config.gridDim = tiles < blocks ? tiles : blocks;
   config.blockDim = Duties<kWarps>::kThreads;
   config.dynamicSmemBytes = bytes;
   config.stream = call.stream;
-  config.attrs = attributes;
-  config.numAttrs = plan.split > 1 ? 2 : 1;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, call, weights, plan);
 }
 
 template <class T, int kBits, int kBatch>
 cudaError_t launch(const LinearCall& call) {
-  const Plan narrow = make_plan<T, kBits, kBatch, kNarrowBlock>(call);
-  if (narrow.ring >= kLeastRing) return launch<T, kBits, kBatch, kNarrowBlock>(call, narrow);
+  if (prefers_narrow(call)) {
+    const Plan narrow = make_plan<T, kBits, kBatch, kNarrowBlock>(call);
+    if (narrow.ring >= kLeastRing) return launch<T, kBits, kBatch, kNarrowBlock>(call, narrow);
+  }
   const Plan wide = make_plan<T, kBits, kBatch, kWideBlock>(call);
   if (wide.ring >= kLeastRing) return launch<T, kBits, kBatch, kWideBlock>(call, wide);
   return linear_small_batch(call);

@@ -51,21 +51,20 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
   using U = Unit<kBits>;
   constexpr int kStageStride = Duties<kWarps>::kStageStride;
   // Lanes 2 and 3 of every four look up the rows 8 to 15 where the others look up the rows 0 to 7. With up to
-  // four columns, half of the tensor core's columns have zeros for the ones, the other half for the others: so
-  // either half of its sums belongs to rows of one kind. With eight columns the values change places.
-  constexpr bool kCrossed = kCopies<kBits> == 2;
-  constexpr bool kCrossedSums = kCrossed && kBatch < 8;
-  constexpr bool kCrossedValues = kCrossed && kBatch == 8;
-  const int crossed = kCrossed ? lane / 2 % 2 : 0;
-  // With fewer than 8 columns each of the tensor core's takes every kSlices-th group of a lane's weights
-  // and zeros for the others, which its registers keep holding: the sums of the columns are added.
-  constexpr int kSlices = 8 / kBatch / (kCrossedSums ? 2 : 1);
-  constexpr int kLoads = (U::kGroups + kSlices - 1) / kSlices;
+  // four columns of x, half of the tensor core's columns have zeros for the ones, the other half for the others, so
+  // that either half of its sums belongs to rows of one kind. With eight columns the values change places.
+  constexpr bool kHalves = kBatch < 8;
+  const int crossed = lane / 2 % 2;
+  // A half's columns take every kSlices-th group of a lane's weights each and zeros otherwise, which its registers
+  // keep holding: the sums of the columns are added. Groups kHeld apart have a register in turn.
+  constexpr int kSlices = kHalves ? 4 / kBatch : 1;
+  constexpr int kHeld = 4;
+  constexpr int kLoads = U::kGroups / kSlices;
   const int unit = warp % kStageWarps;
   const int column = lane / 4 % kBatch;
   const int part = lane / 4 / kBatch;
-  const bool active = column < call.batch && (!kCrossedSums || part % 2 == crossed);
-  const int slice = !active ? -1 : kCrossedSums ? part / 2 : part;
+  const bool active = column < call.batch && (!kHalves || part % 2 == crossed);
+  const int slice = !active ? -1 : kHalves ? part / 2 : 0;
   int word_offsets[U::kLaneLoads];
 #pragma unroll
   for (int i = 0; i < U::kLaneLoads; ++i)
@@ -75,16 +74,14 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
   const int first_piece = (unit * U::kWeights + lane % 4 * U::kLaneWeights) / 8 + max(slice, 0);
   const unsigned char* lane_x[kLoads];
 #pragma unroll
-  for (int i = 0; i < kLoads; ++i)
-    lane_x[i] =
-        x + column * plan.x_stride + x_piece(first_piece + i * kSlices) * 16 + work.first_stage * U::kStageWeights * 2;
-  uint4 activations[U::kGroups] = {};
+  for (int i = 0; i < kLoads; ++i) lane_x[i] = x + column * plan.x_stride + x_piece(first_piece + i * kSlices) * 16;
+  uint4 activations[kHeld] = {};
   const auto* memory = reinterpret_cast<const unsigned char*>(&shared);
   uint32_t words[2][U::kLaneWords];
 
   Slot slot{warp / kStageWarps};
   int stage = slot.index;
-  int left = (work.tiles * work.stages - stage + kStageStride - 1) / kStageStride;  // stages, of all tiles
+  int left = (work.tiles * plan.stages - stage + kStageStride - 1) / kStageStride;  // stages, of all tiles
   const auto read_words = [&] {
     wait(shared.full[slot.index], slot.parity);
     const unsigned char* source = ring + slot.index * U::kSlotBytes;
@@ -97,39 +94,37 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
     if (lane == 0) arrive(shared.empty[slot.index]);
     slot.advance(kStageStride, plan.ring);
   };
-  if (kReadAhead && left > 0) read_words();
+  if (left > 0) read_words();
   for (int count = 0; count < work.tiles; ++count) {
     const int table = count % kTableBuffers;
     const int buffer = count % kSumBuffers;
     uint32_t base[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      base[h] = table_offset<kBits>(kBits == 2 && !kCrossed ? 0 : table, 0, lane / 4 + (h ^ crossed) * 8) +
-                lane % (kCrossed ? 2 : 4) * 4;
-    const uint32_t nibbles_base = kBits == 2 && !kCrossed ? table * 0x10101010u : 0;
+    for (int h = 0; h < 2; ++h) base[h] = table_offset(table, 0, lane / 4 + (h ^ crossed) * 8) + lane % 2 * 4;
     wait(shared.tables_full[table], count / kTableBuffers & 1);
     constexpr int kSums = 2;  // in turn, so that a product need not wait for the one before it
     float products[kSums][4] = {};
-    for (; stage < work.stages; stage += kStageStride) {
-      if (!kReadAhead) read_words();
-      const int x_offset = stage * U::kStageWeights * 2;
+    for (; stage < plan.stages; stage += kStageStride) {
+      const auto load_activations = [&](int i) {
+        if (slice == i % kSlices)
+          activations[i % kHeld] = *reinterpret_cast<const uint4*>(lane_x[i / kSlices] + stage * U::kStageWeights * 2);
+      };
 #pragma unroll
-      for (int i = 0; i < U::kGroups; ++i)
-        if (slice == i % kSlices) activations[i] = *reinterpret_cast<const uint4*>(lane_x[i / kSlices] + x_offset);
+      for (int i = 0; i < kHeld; ++i) load_activations(i);
 #pragma unroll
       for (int i = 0; i < U::kGroups; ++i) {
-        const uint4& b = activations[i];
+        const uint4 b = activations[i % kHeld];
         uint32_t pairs[2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const uint32_t offset = pair_offset<kBits>(words[h], 4 * i + j, base[h], nibbles_base);
+            const uint32_t offset = pair_offset<kBits>(words[h], 4 * i + j, base[h]);
             pairs[h][j] = *reinterpret_cast<const uint32_t*>(memory + offset);
           }
         // The next stage's words come during the last look-ups.
-        if (kReadAhead && i == U::kGroups - 1 && --left > 0) read_words();
-        if (kCrossedValues && crossed)
+        if (i == U::kGroups - 1 && --left > 0) read_words();
+        if (!kHalves && crossed)
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const uint32_t other = pairs[0][j];
@@ -138,9 +133,10 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
           }
         multiply_accumulate<T>(products[0], pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], b.x, b.y);
         multiply_accumulate<T>(products[1], pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3], b.z, b.w);
+        if (i + kHeld < U::kGroups) load_activations(i + kHeld);
       }
     }
-    stage -= work.stages;
+    stage -= plan.stages;
     __syncwarp();
     if (lane == 0) arrive(shared.tables_empty[table]);
 
@@ -153,7 +149,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
       even[h] = products[0][2 * h] + products[1][2 * h];
       odd[h] = products[0][2 * h + 1] + products[1][2 * h + 1];
     }
-    if (kCrossedSums) {
+    if (kHalves) {
       if (kBatch == 1 || (lane & kBatch / 2)) swap(odd);
       if (kBatch > 1 && (lane & kBatch / 2)) swap(even);
     }

@@ -13,13 +13,8 @@ constexpr int kTableBuffers = 2;  // the next tile's tables are filled during th
 constexpr int kEntryBytes = 256;  // from one entry of a table to the next
 constexpr int kEarlyStages = 6;   // on their way before x
 constexpr int kLeastRing = 6;     // stages without which too little is on its way
-#ifdef NO_READ_AHEAD
-constexpr bool kReadAhead = false;
-#else
-constexpr bool kReadAhead = true;
-#endif
-constexpr int kWideBlock = 16;   // looking-up warps of the only block of a multiprocessor
-constexpr int kNarrowBlock = 8;  // and of each of two
+constexpr int kWideBlock = 16;    // looking-up warps of the only block of a multiprocessor
+constexpr int kNarrowBlock = 8;   // and of each of two
 
 // The warps of a block, by duty, in this order.
 template <int kBlockWarps>
@@ -49,16 +44,6 @@ struct Unit {
   static constexpr int kSlotBytes = kRows * kStageBytes;
 };
 
-// Copies of each table, so that the lanes of a look-up meet different banks. With four, a lane's two look-ups
-// take the rows l / 4 and l / 4 + 8, as the tensor core wants them. With two, which take half as long to fill,
-// the lanes 2 and 3 of every four take them in the other order ("crossed").
-template <int kBits>
-#ifdef TWO_COPIES
-constexpr int kCopies = 2;
-#else
-constexpr int kCopies = kBits == 4 ? 2 : 4;
-#endif
-
 // Weights are copied in boxes of 16 rows of 128 bytes, whose 16-byte pieces are turned by the row's number
 // modulo 8. The rows that the lanes l / 4 take are chosen so that the lanes of a load meet different banks.
 constexpr int kBoxRowBytes = 128;
@@ -79,59 +64,43 @@ struct Plan {
   int stages;    // of a tile
   int ring;      // stages in shared memory: a multiple of kStageStride, so that a slot keeps its warps
   int x_stride;  // bytes between columns of x in shared memory
-  int split;     // blocks that share a tile's columns: 1, or the 2 of a cluster
 };
 
-// Entry e of row r holds the values of the indices e % 2^bits (low half) and e / 2^bits, in each copy. With two
-// copies the two buffers take turns in every entry, lest the entries of one be less than kEntryBytes apart.
-template <int kBits>
+// Byte offset in the tables of an entry: that of row r holds the values of the indices e % 2^bits (low half) and
+// e / 2^bits, twice. The rows of the two buffers lie side by side.
+//
+// Two copies give the 32 lanes of a look-up a bank each if they take all 16 rows. The tensor core wants the row
+// l / 4 in one register and the row l / 4 + 8 in another, so lanes 2 and 3 of every four look them up in the other
+// order ("crossed", streamed_dense.cuh). Four copies would need no such order, and twice the time to fill.
 __host__ __device__ constexpr int table_offset(int buffer, int entry, int lane_row) {
-  return kCopies<kBits> == 2 ? entry * kEntryBytes + buffer * (kEntryBytes / 2) + lane_row * 8
-                             : (buffer * Unit<kBits>::kPairs + entry) * kEntryBytes + lane_row * 16;
+  return entry * kEntryBytes + buffer * (kEntryBytes / 2) + lane_row * 8;
 }
 
 template <class T, int kBits, int kBatch, int kWarps>
 struct alignas(16) Shared {
-  static constexpr int kTableBytes = Unit<kBits>::kPairs * kEntryBytes * kTableBuffers * kCopies<kBits> / 4;
-  unsigned char tables[kTableBytes];
-  float sums[kSumBuffers][kWarps + 1][kBatch][kRows];  // of the warps, and of the sparse part
-  float other_sums[kBatch][kRows];                     // what the cluster's other block adds
+  unsigned char tables[Unit<kBits>::kPairs * kEntryBytes];  // of kTableBuffers tiles
+  float sums[kSumBuffers][kWarps + 1][kBatch][kRows];       // of the warps, and of the sparse part
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
   uint64_t tables_full[kTableBuffers];
   uint64_t tables_empty[kTableBuffers];
   uint64_t sums_full[kSumBuffers];
   uint64_t sums_empty[kSumBuffers];
-  uint64_t other_full;
-  uint64_t other_empty;  // of the other block's other_sums
   uint64_t x_full;
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// A block's share of the work.
+// A block's tiles: the first, and every step-th from there on.
 struct Work {
-  int first;  // tile, then every step-th
+  int first;
   int step;
   int tiles;
-  int first_stage;
-  int stages;
-  int split;
-  int rank;  // in the cluster
 
-  __device__ Work(const Plan& plan, int out_features) : split(plan.split) {
-    rank = split == 1 ? 0 : static_cast<int>(blockIdx.x % 2);
-    first = blockIdx.x / split;
-    step = gridDim.x / split;
-    const int all_tiles = (out_features + kRows - 1) / kRows;
-    tiles = (all_tiles - first + step - 1) / step;
-    const int half = (plan.stages + 1) / 2;
-    first_stage = rank * half;
-    stages = split == 1 ? plan.stages : rank == 0 ? half : plan.stages - half;
+  __device__ explicit Work(int out_features) : first(blockIdx.x), step(gridDim.x) {
+    tiles = ((out_features + kRows - 1) / kRows - first + step - 1) / step;
   }
   __device__ int tile(int count) const { return first + count * step; }
-  // The blocks of a cluster take turns at the end of a tile.
-  __device__ bool finishes(int count) const { return split == 1 || count % 2 == rank; }
 };
 
 // Position in the ring: a slot and the parity of its phase.
@@ -144,11 +113,10 @@ struct Slot {
   }
 };
 
-// Byte offset in a table of the entry for pair j of a lane's words. `base` is the lane's own offset and
-// the table's, which do not meet the pair's bits; for 2 bits the table's is apart, in `nibbles_base`.
+// Byte offset in the tables of the entry for pair j of a lane's words; `base` is the lane's own and the buffer's.
 template <int kBits>
-__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords], int j, uint32_t base,
-                                                uint32_t nibbles_base) {
+__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords], int j,
+                                                uint32_t base) {
   const int word = j * 2 * kBits / 32;
   const int shift = j * 2 * kBits % 32;
   const uint32_t bits = words[word];
@@ -157,8 +125,7 @@ __device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBi
     return __byte_perm(bits, base, 0x7604 | shift / 8 << 4);
   } else if constexpr (kBits == 2) {
     // The compiler shares the masked word among the four pairs at even (or odd) nibbles.
-    const uint32_t nibbles = and_or(shift % 8 ? bits >> 4 : bits, 0x0F0F0F0F, nibbles_base);
-    return __byte_perm(nibbles, base, 0x7604 | shift / 8 << 4);
+    return __byte_perm((shift % 8 ? bits >> 4 : bits) & 0x0F0F0F0F, base, 0x7604 | shift / 8 << 4);
   } else {
     constexpr uint32_t kMask = (Unit<kBits>::kPairs - 1) * kEntryBytes;
     const int next = min(word + 1, Unit<kBits>::kLaneWords - 1);

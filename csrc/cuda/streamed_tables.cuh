@@ -92,25 +92,19 @@ struct TablePart {
   }
 
   __device__ void store(unsigned char* tables, int buffer) const {
-    unsigned char* target = tables + table_offset<kBits>(buffer, first, lane_row);
+    unsigned char* target = tables + table_offset(buffer, first, lane_row);
 #pragma unroll
     for (int i = 0; i < kStores; ++i) {
       const uint32_t pair = __byte_perm(low[i % kLows / 2], high[i / kLows], i % 2 ? 0x5432 : 0x5410);
-      if constexpr (kCopies<kBits> == 2) {
-        *reinterpret_cast<uint2*>(target + i * kEntryBytes) = make_uint2(pair, pair);
-      } else {
-        *reinterpret_cast<uint4*>(target + i * kEntryBytes) = make_uint4(pair, pair, pair, pair);
-      }
+      *reinterpret_cast<uint2*>(target + i * kEntryBytes) = make_uint2(pair, pair);
     }
   }
 };
 
-// The duties of a filling warp, for all tiles of the block.
+// The duties of a filling warp, for all tiles of the block; the first one's part has been loaded.
 template <class T, int kBits, int kBatch, int kWarps>
-__device__ void fill_tables(Shared<T, kBits, kBatch, kWarps>& shared, const LutWeight& weight, const Work& work,
-                            int warp, int lane) {
-  TablePart<T, kBits, Duties<kWarps>::kFillWarps> part(weight, warp, lane);
-  part.load(work.tile(0));
+__device__ void fill_tables(Shared<T, kBits, kBatch, kWarps>& shared,
+                            TablePart<T, kBits, Duties<kWarps>::kFillWarps>& part, const Work& work, int lane) {
   for (int count = 0; count < work.tiles; ++count) {
     const int buffer = count % kTableBuffers;
     part.convert();
