@@ -113,14 +113,15 @@ int block_memory(const LinearCall& call) {
   return (call.shared_memory + kReserved) / Duties<kWarps>::kBlocks - kReserved;
 }
 
-// Whether two blocks a multiprocessor are faster than one. While one of them ends a tile, or has no next one, the
-// other goes on; but a tile takes each of them twice as long, and the last tiles may leave half of the blocks idle.
+// Whether two blocks a multiprocessor are faster than one. While one of them ends a tile, or waits for a sparse
+// part, the other goes on; but a tile takes each of them twice as long, and the last tiles may leave many idle.
 bool prefers_narrow(const LinearCall& call) {
   constexpr int kLongRow = 8192;  // with few ends of tiles to cover
   const int tiles = (call.weight.out_features + kRows - 1) / kRows;
   const auto rounds = [&](int blocks) { return (tiles + blocks - 1) / blocks; };
+  const int percent = call.weight.crow_indices != nullptr ? 125 : 110;  // of the other's time; measured
   return call.weight.in_features <= kLongRow &&
-         8 * rounds(2 * call.multiprocessors) <= 5 * rounds(call.multiprocessors);
+         2 * rounds(2 * call.multiprocessors) * 100 <= rounds(call.multiprocessors) * percent;
 }
 
 // The ring is empty where x does not fit.
