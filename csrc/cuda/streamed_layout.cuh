@@ -5,22 +5,28 @@
 
 namespace squeezellm_hf::cuda::streamed {
 
-constexpr int kRows = 16;  // of a tile: of the tensor core's left operand
-constexpr int kWarps = 16;
-constexpr int kServiceWarps = 4;
-constexpr int kSumWarps = kWarps + kServiceWarps;  // that add to a tile's sums
-// Whole warpgroups, to which registers are given by duty; one thread of the last orders the copies.
-constexpr int kThreads = (kWarps + 2 * kServiceWarps) * kWarpLanes;
-constexpr int kServiceRegisters = 128;
-constexpr int kCopyRegisters = 24;
-constexpr int kStageWarps = 4;                      // that share a stage: few, since the slowest one holds it
-constexpr int kStageStride = kWarps / kStageWarps;  // from one stage of a warp to its next
-constexpr int kMaxStages = 32;
+constexpr int kRows = 16;         // of a tile: of the tensor core's left operand
+constexpr int kStageWarps = 4;    // that share a stage: few, since the slowest one holds it
+constexpr int kMaxStages = 32;    // of the ring
 constexpr int kSumBuffers = 2;    // tiles whose sums are in work at the same time
-constexpr int kEntryBytes = 256;  // from one entry of a table to the next: 8 rows x 4 copies, twice
+constexpr int kTableBuffers = 2;  // the next tile's tables are filled during the work on one
+constexpr int kEntryBytes = 256;  // from one entry of a table to the next
 constexpr int kEarlyStages = 6;   // on their way before x
 constexpr int kLeastRing = 6;     // stages without which too little is on its way
-constexpr int kHeavyRow = 1024;   // sparse values of a row beyond which all service warps share it
+constexpr int kWideBlock = 16;    // looking-up warps of the only block of a multiprocessor
+constexpr int kNarrowBlock = 8;   // and of each of two
+
+// The warps of a block, by duty, in this order.
+template <int kBlockWarps>
+struct Duties {
+  static constexpr int kWarps = kBlockWarps;                 // look up and multiply
+  static constexpr int kStageStride = kWarps / kStageWarps;  // from one stage of a warp to its next
+  static constexpr int kFillWarps = kWarps / 4;
+  static constexpr int kSumWarps = kWarps / 8;  // multiply the sparse part, add all sums, write y
+  static constexpr int kCopyWarp = kWarps + kFillWarps + kSumWarps;
+  static constexpr int kThreads = (kCopyWarp + 1) * kWarpLanes;
+  static constexpr int kBlocks = kWideBlock / kWarps;  // of a multiprocessor
+};
 
 // A unit is kLaneWords consecutive words for each of 4 lanes, a whole number of groups of 8 indices.
 template <int kBits>
@@ -44,7 +50,7 @@ constexpr int kBoxRowBytes = 128;
 constexpr int kBoxBytes = kRows * kBoxRowBytes;
 template <int kBits>
 __host__ __device__ constexpr int tile_row(int lane_row) {
-  return kBits == 3 ? lane_row * 2 % 8 + lane_row / 4 : lane_row / 2 + lane_row % 2 * 4;
+  return lane_row / 8 * 8 + (kBits == 3 ? lane_row * 2 % 8 + lane_row % 8 / 4 : lane_row % 8 / 2 + lane_row % 2 * 4);
 }
 __host__ __device__ constexpr int box_offset(int row, int byte) {
   return byte / kBoxRowBytes * kBoxBytes + row * kBoxRowBytes + ((byte / 16 ^ row) % 8 * 16) + byte % 16;
@@ -53,27 +59,31 @@ __host__ __device__ constexpr int box_offset(int row, int byte) {
 // The ring starts where boxes may.
 __host__ __device__ constexpr int ring_offset(int64_t bytes) { return static_cast<int>((bytes + 1023) / 1024 * 1024); }
 
-// What the host decides: how shared memory is divided.
+// What the host decides.
 struct Plan {
   int stages;    // of a tile
   int ring;      // stages in shared memory: a multiple of kStageStride, so that a slot keeps its warps
   int x_stride;  // bytes between columns of x in shared memory
 };
 
-// With two buffers the next tile's tables are filled during the work on one; rows that leave too little
-// room for the ring have one.
-template <class T, int kBits, int kBatch, int kTableBuffers>
+// Byte offset in the tables of an entry: that of row r holds the values of the indices e % 2^bits (low half) and
+// e / 2^bits, twice. The rows of the two buffers lie side by side.
+//
+// Two copies give the 32 lanes of a look-up a bank each if they take all 16 rows. The tensor core wants the row
+// l / 4 in one register and the row l / 4 + 8 in another, so lanes 2 and 3 of every four look them up in the other
+// order ("crossed", streamed_dense.cuh). Four copies would need no such order, and twice the time to fill.
+__host__ __device__ constexpr int table_offset(int buffer, int entry, int lane_row) {
+  return entry * kEntryBytes + buffer * (kEntryBytes / 2) + lane_row * 8;
+}
+
+template <class T, int kBits, int kBatch, int kWarps>
 struct alignas(16) Shared {
-  static constexpr int kBuffers = kTableBuffers;
-  // Entry e of row r holds the values of the indices e % 2^bits (low half) and e / 2^bits, four times.
-  struct Table {
-    uint32_t pairs[Unit<kBits>::kPairs][2][8][4];
-  } tables[kBuffers];
-  float sums[kSumBuffers][kSumWarps][kBatch][kRows];
+  unsigned char tables[Unit<kBits>::kPairs * kEntryBytes];  // of kTableBuffers tiles
+  float sums[kSumBuffers][kWarps + 1][kBatch][kRows];       // of the warps, and of the sparse part
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
-  uint64_t tables_full[kBuffers];
-  uint64_t tables_empty[kBuffers];
+  uint64_t tables_full[kTableBuffers];
+  uint64_t tables_empty[kTableBuffers];
   uint64_t sums_full[kSumBuffers];
   uint64_t sums_empty[kSumBuffers];
   uint64_t x_full;
@@ -81,9 +91,17 @@ struct alignas(16) Shared {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// Warps that add a tile's sums.
-template <int kBatch>
-constexpr int kFinishWarps = (kBatch * kRows + kWarpLanes - 1) / kWarpLanes;
+// A block's tiles: the first, and every step-th from there on.
+struct Work {
+  int first;
+  int step;
+  int tiles;
+
+  __device__ explicit Work(int out_features) : first(blockIdx.x), step(gridDim.x) {
+    tiles = ((out_features + kRows - 1) / kRows - first + step - 1) / step;
+  }
+  __device__ int tile(int count) const { return first + count * step; }
+};
 
 // Position in the ring: a slot and the parity of its phase.
 struct Slot {
@@ -95,11 +113,10 @@ struct Slot {
   }
 };
 
-// Byte offset in a table of the entry for pair j of a lane's words. `base` is the lane's own offset and
-// the table's, which do not meet the pair's bits; for 2 bits the table's is apart, in `nibbles_base`.
+// Byte offset in the tables of the entry for pair j of a lane's words; `base` is the lane's own and the buffer's.
 template <int kBits>
-__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords], int j, uint32_t base,
-                                                uint32_t nibbles_base) {
+__device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBits>::kLaneWords], int j,
+                                                uint32_t base) {
   const int word = j * 2 * kBits / 32;
   const int shift = j * 2 * kBits % 32;
   const uint32_t bits = words[word];
@@ -108,8 +125,7 @@ __device__ __forceinline__ uint32_t pair_offset(const uint32_t (&words)[Unit<kBi
     return __byte_perm(bits, base, 0x7604 | shift / 8 << 4);
   } else if constexpr (kBits == 2) {
     // The compiler shares the masked word among the four pairs at even (or odd) nibbles.
-    const uint32_t nibbles = and_or(shift % 8 ? bits >> 4 : bits, 0x0F0F0F0F, nibbles_base);
-    return __byte_perm(nibbles, base, 0x7604 | shift / 8 << 4);
+    return __byte_perm((shift % 8 ? bits >> 4 : bits) & 0x0F0F0F0F, base, 0x7604 | shift / 8 << 4);
   } else {
     constexpr uint32_t kMask = (Unit<kBits>::kPairs - 1) * kEntryBytes;
     const int next = min(word + 1, Unit<kBits>::kLaneWords - 1);

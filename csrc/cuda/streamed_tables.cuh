@@ -7,20 +7,6 @@ namespace squeezellm_hf::cuda::streamed {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// What a thread needs to fill its part of a tile's tables, as it lies in memory: loaded a tile ahead.
-// A job is 8 rows and 4 upper indices: of a row lane % 8 all values, and the value of upper index lane / 8.
-template <int kBits>
-struct TablePart {
-  static constexpr int kEntries = 1 << kBits;
-  static constexpr int kAllJobs = kRows / 8 * kEntries / 4;
-  static constexpr int kJobs = (kAllJobs + kServiceWarps - 1) / kServiceWarps;  // of a warp
-  uint32_t low[kJobs][kEntries / 2];                                            // pairs of 16-bit values
-  uint32_t high[kJobs];
-
-  __device__ static int half(int job) { return job / (kEntries / 4); }
-  __device__ static int upper(int job, int lane) { return job % (kEntries / 4) * 4 + lane / 8; }
-};
-
 // Two neighbouring values of a table as T, whatever their dtype.
 template <class T>
 __device__ __forceinline__ uint32_t load_pair(const LutWeight& weight, int64_t first) {
@@ -49,63 +35,85 @@ __device__ __forceinline__ bool vector_tables(const LutWeight& weight) {
   return weight.table_dtype != DType::kFloat32 && reinterpret_cast<uintptr_t>(weight.lookup_table) % 16 == 0;
 }
 
-template <class T, int kBits>
-__device__ void load_tables(TablePart<kBits>& part, const LutWeight& weight, int tile, int warp, int lane) {
-  using Part = TablePart<kBits>;
-  constexpr int kEntries = Part::kEntries;
-  const bool vector = vector_tables(weight);
-#pragma unroll
-  for (int j = 0; j < Part::kJobs; ++j) {
-    const int job = j * kServiceWarps + warp;
-    if (job >= Part::kAllJobs) break;
-    const int row = min(tile * kRows + Part::half(job) * 8 + tile_row<kBits>(lane % 8), weight.out_features - 1);
-    const int64_t first = int64_t{row} * kEntries;
-    uint32_t (&low)[kEntries / 2] = part.low[j];
-    if (!vector) {
-#pragma unroll
-      for (int i = 0; i < kEntries / 2; ++i) low[i] = load_pair<T>(weight, first + 2 * i);
-    } else if constexpr (kEntries == 4) {
-      const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(weight.lookup_table) + first));
-      low[0] = v.x, low[1] = v.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kEntries / 8; ++i) {
-        const uint4 v =
-            __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(weight.lookup_table) + first) + i);
-        low[4 * i] = v.x, low[4 * i + 1] = v.y, low[4 * i + 2] = v.z, low[4 * i + 3] = v.w;
-      }
-    }
-    part.high[j] = load_bits(weight.lookup_table, weight.table_dtype, first + Part::upper(job, lane));
-  }
-}
+// A thread's part of a tile's tables: of the row lane % 16 some consecutive entries, by the half of a warp.
+// Loaded a tile ahead, and not touched before the tables before it have been filled.
+template <class T, int kBits, int kFillWarps>
+struct TablePart {
+  static constexpr int kEntries = 1 << kBits;
+  static constexpr int kStores = Unit<kBits>::kPairs / (2 * kFillWarps);  // entries of the pairs' table
+  static constexpr int kLows = kStores < kEntries ? kStores : kEntries;   // lower indices
+  static constexpr int kHighs = kStores / kLows;                          // upper indices
+  const LutWeight& weight;
+  int lane_row;
+  int first;                // entry
+  uint32_t low[kLows / 2];  // pairs of 16-bit values
+  uint32_t high[kHighs];
 
-template <class T, int kBits, int kBatch, int kBuffers>
-__device__ void fill_tables(Shared<T, kBits, kBatch, kBuffers>& shared, const TablePart<kBits>& part,
-                            const LutWeight& weight, int buffer, uint32_t parity, int warp, int lane) {
-  using Part = TablePart<kBits>;
-  constexpr DType kOwn = __is_same(T, __nv_bfloat16) ? DType::kBFloat16 : DType::kFloat16;
-  const bool convert = vector_tables(weight) && weight.table_dtype != kOwn;
-  wait(shared.tables_empty[buffer], parity ^ 1);
+  __device__ TablePart(const LutWeight& weight, int warp, int lane)
+      : weight(weight), lane_row(lane % kRows), first((warp * 2 + lane / kRows) * kStores) {}
+
+  __device__ void load(int tile) {
+    const int row = min(tile * kRows + tile_row<kBits>(lane_row), weight.out_features - 1);
+    const int64_t values = int64_t{row} * kEntries;
+    const int64_t first_low = values + first % kEntries;
+    if (!vector_tables(weight)) {
 #pragma unroll
-  for (int j = 0; j < Part::kJobs; ++j) {
-    const int job = j * kServiceWarps + warp;
-    if (job >= Part::kAllJobs) break;
-    const T high = from_float<T>(float_of_bits(part.high[j], weight.table_dtype));
-    const uint32_t high_bits = *reinterpret_cast<const uint16_t*>(&high);
+      for (int i = 0; i < kLows / 2; ++i) low[i] = load_pair<T>(weight, first_low + 2 * i);
+    } else {
+      const auto* source = static_cast<const uint16_t*>(weight.lookup_table) + first_low;
+      if constexpr (kLows % 8 == 0) {
 #pragma unroll
-    for (int i = 0; i < Part::kEntries; i += 2) {
-      const uint32_t low = convert ? convert_pair<T>(part.low[j][i / 2], weight.table_dtype) : part.low[j][i / 2];
+        for (int i = 0; i < kLows / 8; ++i) {
+          const uint4 v = __ldg(reinterpret_cast<const uint4*>(source) + i);
+          low[4 * i] = v.x, low[4 * i + 1] = v.y, low[4 * i + 2] = v.z, low[4 * i + 3] = v.w;
+        }
+      } else {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t pair = __byte_perm(low, high_bits, k ? 0x5432 : 0x5410);
-        const int entry = Part::upper(job, lane) * Part::kEntries + i + k;
-        *reinterpret_cast<uint4*>(shared.tables[buffer].pairs[entry][Part::half(job)][lane % 8]) =
-            make_uint4(pair, pair, pair, pair);
+        for (int i = 0; i < kLows / 2; ++i) low[i] = __ldg(reinterpret_cast<const uint32_t*>(source) + i);
       }
     }
+#pragma unroll
+    for (int i = 0; i < kHighs; ++i)
+      high[i] = load_bits(weight.lookup_table, weight.table_dtype, values + first / kEntries + i);
   }
-  __syncwarp();
-  if (lane == 0) arrive(shared.tables_full[buffer]);
+
+  // What was loaded as T.
+  __device__ void convert() {
+    constexpr DType kOwn = __is_same(T, __nv_bfloat16) ? DType::kBFloat16 : DType::kFloat16;
+    if (weight.table_dtype == kOwn) return;
+    if (vector_tables(weight))
+#pragma unroll
+      for (int i = 0; i < kLows / 2; ++i) low[i] = convert_pair<T>(low[i], weight.table_dtype);
+#pragma unroll
+    for (int i = 0; i < kHighs; ++i) {
+      const T value = from_float<T>(float_of_bits(high[i], weight.table_dtype));
+      high[i] = *reinterpret_cast<const uint16_t*>(&value);
+    }
+  }
+
+  __device__ void store(unsigned char* tables, int buffer) const {
+    unsigned char* target = tables + table_offset(buffer, first, lane_row);
+#pragma unroll
+    for (int i = 0; i < kStores; ++i) {
+      const uint32_t pair = __byte_perm(low[i % kLows / 2], high[i / kLows], i % 2 ? 0x5432 : 0x5410);
+      *reinterpret_cast<uint2*>(target + i * kEntryBytes) = make_uint2(pair, pair);
+    }
+  }
+};
+
+// The duties of a filling warp, for all tiles of the block; the first one's part has been loaded.
+template <class T, int kBits, int kBatch, int kWarps>
+__device__ void fill_tables(Shared<T, kBits, kBatch, kWarps>& shared,
+                            TablePart<T, kBits, Duties<kWarps>::kFillWarps>& part, const Work& work, int lane) {
+  for (int count = 0; count < work.tiles; ++count) {
+    const int buffer = count % kTableBuffers;
+    part.convert();
+    wait(shared.tables_empty[buffer], (count / kTableBuffers & 1) ^ 1);
+    part.store(shared.tables, buffer);
+    __syncwarp();
+    if (lane == 0) arrive(shared.tables_full[buffer]);
+    if (count + 1 < work.tiles) part.load(work.tile(count + 1));
+  }
 }
 
 #endif

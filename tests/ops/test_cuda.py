@@ -104,6 +104,20 @@ def test_few_activations_of_many_rows(bits: int, density: float) -> None:
         assert_close(linear(x, weight), x, as_multiplied(weight, batch, "bf16"))
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_small_batches_of_many_rows(bits: int, sparse: bool) -> None:
+    """On an H200: two small blocks a multiprocessor, and one large one with three tiles."""
+    for rows in (2200, 4300):
+        weight = make_weight(
+            rows, 256, bits, density=0.02 * sparse, empty_rows=sparse, full_row=sparse,
+            table_dtype="bf16", seed=rows,
+        )  # fmt: skip
+        x = make_x(8, 256, "bf16")
+        for batch in (1, 2, 3, 4, 5, 8):
+            assert_close(linear(x[:batch], weight), x[:batch], weight)
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     out_features=st.integers(1, 400),

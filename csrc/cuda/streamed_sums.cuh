@@ -1,0 +1,76 @@
+// The end of a tile in linear_streamed: its sparse part, the warps' sums, y.
+#pragma once
+
+#include "streamed_sparse.cuh"
+
+namespace squeezellm_hf::cuda::streamed {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// Adds a tile's sums and writes y: by one warp.
+template <class T, int kBits, int kBatch, int kWarps>
+__device__ void finish_tile(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call, const Work& work,
+                            int count, int lane) {
+  constexpr int kTurns = (kBatch * kRows + kWarpLanes - 1) / kWarpLanes;
+  const LutWeight& weight = call.weight;
+  const int buffer = count % kSumBuffers;
+  const int row = work.tile(count) * kRows + lane % kRows;
+  const bool inside = row < weight.out_features;
+  uint32_t bias = 0;
+  if (call.bias != nullptr && inside) bias = load_bits(call.bias, call.bias_dtype, row);
+  float total[kTurns] = {};
+  wait(shared.sums_full[buffer], count / kSumBuffers & 1);
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int n = (i * kWarpLanes + lane) / kRows % kBatch;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total[i] += shared.sums[buffer][w][n][lane % kRows];
+    if (weight.crow_indices != nullptr) total[i] += shared.sums[buffer][kWarps][n][lane % kRows];
+  }
+  __syncwarp();
+  if (lane == 0) arrive(shared.sums_empty[buffer]);
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int n = (i * kWarpLanes + lane) / kRows;
+    if (!inside || n >= call.batch) continue;
+    if (call.bias != nullptr) total[i] += float_of_bits(bias, call.bias_dtype);
+    static_cast<T*>(call.y)[int64_t{n} * weight.out_features + row] = from_float<T>(total[i]);
+  }
+}
+
+// The duties of a summing warp, for all tiles of the block: the sparse part a tile ahead of the sums.
+template <class T, int kBits, int kBatch, int kWarps>
+__device__ void sum_up(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call, const unsigned char* x,
+                       const Plan& plan, const Work& work, int warp, int lane) {
+  constexpr int kSumWarps = Duties<kWarps>::kSumWarps;
+  const bool has_sparse = call.weight.crow_indices != nullptr;
+  SparsePart<T, kBatch, kSumWarps> sparse{call, x, plan.x_stride, warp, lane};
+  if (has_sparse) {
+    sparse.load_row(work.tile(0));
+    sparse.load_first();
+    sparse.load_row(work.tile(1));
+  }
+  wait(shared.x_full, 0);
+  wait_for_previous_kernel();  // whose memory y may be
+
+  const auto multiply_sparse = [&](int count) {
+    if (!has_sparse || count >= work.tiles) return;
+    const int buffer = count % kSumBuffers;
+    wait(shared.sums_empty[buffer], (count / kSumBuffers & 1) ^ 1);
+    sparse.multiply(shared.sums[buffer][kWarps]);
+    __syncwarp();
+    if (lane == 0) arrive(shared.sums_full[buffer]);
+    sparse.load_first();
+    sparse.load_row(work.tile(count + 2));
+  };
+  multiply_sparse(0);
+  for (int count = 0; count < work.tiles; ++count) {
+    multiply_sparse(count + 1);
+    // Always the same warp for a buffer, in order: no parity is taken for that of another phase.
+    if (count % kSumWarps == warp) finish_tile<T, kBits, kBatch, kWarps>(shared, call, work, count, lane);
+  }
+}
+
+#endif
+
+}  // namespace squeezellm_hf::cuda::streamed
