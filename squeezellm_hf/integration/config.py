@@ -14,13 +14,14 @@ from squeezellm_hf.calibration import datasets
 from squeezellm_hf.distillation.settings import DistillationSettings
 from squeezellm_hf.integration import autoload
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
+from squeezellm_hf.nn.backend import check_backend
 from squeezellm_hf.pipeline import plan
 
 QUANT_METHOD = "squeezellm"
 SCHEMA_VERSION = 1
 
 # Fields of the run, not of the result: never written to a checkpoint.
-RUN_FIELDS = ("tokenizer", "work_dir", "dequantize")
+RUN_FIELDS = ("tokenizer", "work_dir", "dequantize", "backend")
 TABLE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -121,6 +122,9 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             Hessians that fit in memory together, and for distillation 2 * hidden_size bytes a
             token (without it, these go into a temporary directory).
         dequantize: On loading a quantized checkpoint: give back a plain model instead.
+        backend: What computes this model's quantized layers: "auto", compiled kernels where they
+            are, else PyTorch; "native", an error where they are not; "reference", plain PyTorch,
+            slow, on every device. Not stored; may be given again on loading.
     """
 
     quant_method: str = field(default=QUANT_METHOD, init=False)
@@ -152,6 +156,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     tokenizer: Any = None
     work_dir: str | None = None
     dequantize: bool = False
+    backend: str = "auto"
     schema_version: int = field(default=SCHEMA_VERSION, init=False)
     modules: dict[str, dict[str, Any]] | None = field(default=None, init=False)
     versions: dict[str, str] | None = field(default=None, init=False)
@@ -226,6 +231,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             raise ValueError("distill_steps needs text: distill_dataset and dataset are both None")
         if not isinstance(self.dequantize, bool):
             raise ValueError(f"dequantize must be true or false, got {self.dequantize!r}")
+        check_backend(self.backend)
         for name, optional in (("dataset_split", False), ("text_column", True)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
@@ -308,7 +314,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """The fields that may be overridden when a quantized checkpoint is loaded."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "backend": self.backend}
 
 
 def _check_integer(name: str, value: Any, low: int) -> None:

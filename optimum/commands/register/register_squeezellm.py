@@ -1,7 +1,7 @@
 """`optimum-cli squeezellm`: the commands of `squeezellm`, where Optimum looks for commands.
 
 Optimum imports every file of this namespace at each start, so nothing heavy is imported here. No
-`__init__.py` may lie beside this file or above it: other packages have their parts of the namespace.
+`__init__.py` may lie beside this file or above it: other packages have parts of the namespace.
 """
 
 import argparse
