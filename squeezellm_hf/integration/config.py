@@ -162,6 +162,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     versions: dict[str, str] | None = field(default=None, init=False)
     distilled: dict[str, float] | None = field(default=None, init=False)
     converted_from: str | None = field(default=None, init=False)
+    base_model: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Transformers reads __dict__, where a default that no argument can change is not.
@@ -264,8 +265,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                 f"distilled must be an object of numbers ({', '.join(sorted(keys))}), "
                 f"got {distilled!r}"
             )
-        if self.converted_from is not None and not isinstance(self.converted_from, str):
-            raise ValueError(f"converted_from must be a string, got {self.converted_from!r}")
+        for name in ("converted_from", "base_model"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be a string, got {value!r}")
 
     @classmethod
     def from_dict(
