@@ -5,13 +5,15 @@ transformers serve SmolLM2-135M-Instruct-4bit
 python examples/serve.py SmolLM2-135M-Instruct-4bit "What is the capital of France?"
 """
 
+import os
 import sys
 
 from openai import OpenAI
 
 model, question = sys.argv[1:3]
 
-client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
+address = os.environ.get("OPENAI_BASE_URL", "http://localhost:8000/v1")
+client = OpenAI(base_url=address, api_key="none")
 answer = client.chat.completions.create(
     model=model,
     messages=[{"role": "user", "content": question}],

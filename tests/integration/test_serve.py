@@ -131,3 +131,15 @@ def test_the_answer_is_that_of_the_model(server: str, quantized: Path) -> None:
     output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert served.strip() == text.strip()
+
+
+def test_the_example(server: str, quantized: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "serve.py"
+    result = subprocess.run(
+        [sys.executable, example, quantized, "What is the capital of France?"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OPENAI_BASE_URL": f"{server}/v1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
