@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
 BIN = $(VENV)/bin
-CXX_SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 .PHONY: demo test lint format bench wheel asan clean
 .DELETE_ON_ERROR:

@@ -1,21 +1,17 @@
 // Checks of the ops' arguments: what they let through, the kernels can read safely.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <optional>
 #include <string>
 
+#include "../argument_checks.h"
 #include "weight.h"
 
 namespace squeezellm_hf::cuda {
 
+using argument_checks::fail;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Throws std::invalid_argument, which reaches Python as ValueError.
-[[noreturn]] void fail(const std::string& message);
 
 // fp32, bf16 or fp16 as the kernels name them.
 DType float_dtype(const char* name, ScalarType dtype);

@@ -7,10 +7,9 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import tyro
-
-_COMMANDS = {
+COMMANDS = {
     "quantize": "Quantize a model and save it as an ordinary checkpoint, or push it to the Hub.",
     "convert": "Turn a .pt checkpoint of the public SqueezeLLM code into an ordinary one.",
     "eval": "Perplexity on a text, and how far predictions are from the original model's.",
@@ -28,19 +27,14 @@ pipeline("text-generation", model=OUT).
   squeezellm eval OUT --reference HuggingFaceTB/SmolLM2-135M-Instruct
 
 `squeezellm COMMAND --help` explains a command; `squeezellm --version` prints the version."""
-_STYLE = (
-    tyro.conf.DisallowNone,
-    tyro.conf.FlagCreatePairsOff,
-    tyro.conf.OmitArgPrefixes,
-    tyro.conf.PositionalMetavarFromFieldName,
-)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "squeezellm") -> int:
     """Run the command line.
 
     Args:
         argv: Arguments; default: those of the process.
+        prog: What the command is called in messages.
 
     Returns:
         Exit status: 0; 1 for an error in what was asked for (a wrong value, a missing model, no
@@ -50,32 +44,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"squeezellm {_version()}")
         return 0
-    if not arguments or arguments[0] not in _COMMANDS:
+    if not arguments or arguments[0] not in COMMANDS:
         _overview(arguments or ["--help"])
     name = arguments[0]
     try:
-        module = importlib.import_module(f"squeezellm_hf.cli.{name}")
-        command = tyro.cli(
-            module.Command,
-            prog=f"squeezellm {name}",
-            description=module.DESCRIPTION,
-            args=arguments[1:],
-            config=_STYLE,
-        )
-        command.run()
+        _command(name, arguments[1:], prog).run()
     except (ValueError, OSError) as error:
         if os.environ.get("SQUEEZELLM_HF_TRACEBACK") == "1":
             raise
-        print(f"squeezellm {name}: {_one_line(error)}", file=sys.stderr)
+        print(f"{prog} {name}: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"squeezellm {name}: interrupted", file=sys.stderr)
+        print(f"{prog} {name}: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
+def _command(name: str, arguments: list[str], prog: str) -> Any:
+    """The command with the values of its options; exits where they are malformed."""
+    import tyro  # here, and below: Optimum imports this module at each of its starts
+
+    module = importlib.import_module(f"squeezellm_hf.cli.{name}")
+    return tyro.cli(
+        module.Command,
+        prog=f"{prog} {name}",
+        description=module.DESCRIPTION,
+        args=arguments,
+        config=(
+            tyro.conf.DisallowNone,
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.PositionalMetavarFromFieldName,
+        ),
+    )
+
+
 def _overview(arguments: list[str]) -> None:
     """Print the list of commands, or what is wrong with the arguments, and exit."""
+    import tyro
 
     def named(text: str) -> Callable[[], None]:
         def command() -> None: ...
@@ -84,7 +90,7 @@ def _overview(arguments: list[str]) -> None:
         return command
 
     tyro.extras.subcommand_cli_from_dict(
-        {name: named(text) for name, text in _COMMANDS.items()},
+        {name: named(text) for name, text in COMMANDS.items()},
         prog="squeezellm",
         description=_DESCRIPTION,
         args=arguments,

@@ -22,6 +22,7 @@ from squeezellm_hf.evaluation.report import (
     print_table,
     write_json,
 )
+from squeezellm_hf.integration.card_results import write_results
 
 DESCRIPTION = """Measure perplexity on a text, and how far predictions are from the original's.
 
@@ -73,6 +74,8 @@ class Command:
     """Use only so many tokens of the text."""
     json: Path | None = None
     """Write the results to this file, with versions and hardware."""
+    card: bool = False
+    """Put the results into the model card of each MODEL too; these must be local folders."""
     loading: Loading = field(default_factory=Loading)
 
     def run(self) -> None:
@@ -82,6 +85,8 @@ class Command:
         text = self._tokens(self.reference or self.models[0])
         for name in self.models:
             self._check_context(name)
+            if self.card and not (Path(name) / "README.md").is_file():
+                raise ValueError(f"--card: {name!r} is no local folder with a model card")
         original = self.loading.model(self.reference) if self.reference is not None else None
         rows: list[dict[str, Any]] = []
         for name in self.models:
@@ -102,6 +107,8 @@ class Command:
                     {**_size_row(self.reference or "", original), **perplexity, "ratio": 1.0}
                 )
             rows.append(_row(name, model, result))
+            if self.card:
+                self._write_card(name, [*rows[: self.reference is not None], rows[-1]])
             del model
         print_table(rows, COLUMNS, f"{self.dataset}, windows of {self.sequence_length} tokens")
         if self.json is not None:
@@ -114,6 +121,15 @@ class Command:
                 stride=self.stride or self.sequence_length,
                 environment=environment(),
             )
+
+    def _write_card(self, name: str, rows: list[dict[str, Any]]) -> None:
+        write_results(
+            name,
+            rows,
+            dataset=str(describe(self.dataset)),
+            split=self.split,
+            sequence_length=self.sequence_length,
+        )
 
     def _tokens(self, name: str) -> Tensor:
         return token_stream(

@@ -10,7 +10,7 @@ import tyro
 
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 
-_ON_LOADING_ONLY = ("dequantize",)
+_ON_LOADING_ONLY = ("dequantize", "backend")
 # Types of what a command line can say of a field that takes objects, too.
 _AS_TEXT: dict[str, Any] = {
     "dataset": str | None,

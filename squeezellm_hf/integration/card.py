@@ -1,10 +1,11 @@
 """The model card of a quantized model."""
 
-import os
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from squeezellm_hf.integration.card_results import evaluation_results
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.nn import SqueezeLLMLinear
 
@@ -64,23 +65,29 @@ def model_card(model: Any, repository: str) -> ModelCard:
     """
     config: SqueezeLLMConfig = model.config.quantization_config
     layers = [module for module in model.modules() if isinstance(module, SqueezeLLMLinear)]
+    widths = sorted({layer.bits for layer in layers})
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    original = _original(model)
+    original = config.base_model
+    owner, _, title = repository.rpartition("/")
+    results = evaluation_results(getattr(model.config, "name_or_path", None))
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation" if model.can_generate() else None,
         base_model=original,
         base_model_relation="quantized" if original else None,
-        tags=["squeezellm", "quantized"],
+        quantized_by=owner or None,
+        tags=["squeezellm", "quantized", *(f"{bits}-bit" for bits in widths)],
+        model_name=title if results.metadata else None,
+        eval_results=results.metadata,
     )
     body = _BODY.format(
         marker=MARKER,
-        title=repository.rpartition("/")[2],
+        title=title,
         repository=repository,
         original=f"[{original}](https://huggingface.co/{original})" if original else "A model",
         codebook=_CODEBOOKS[config.codebook],
         bits_per_weight=8 * sum(layer.weight_bytes for layer in layers) / weights,
-        widths=", ".join(f"{bits} bits" for bits in sorted({layer.bits for layer in layers})),
+        widths=", ".join(f"{bits} bits" for bits in widths),
         sparse=sum(layer.nnz for layer in layers) / weights,
         weights=weights,
         layers=len(layers),
@@ -89,7 +96,17 @@ def model_card(model: Any, repository: str) -> ModelCard:
         distilled=_distillation(config),
         versions=", ".join(f"{name} {v}" for name, v in (config.versions or {}).items()),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}{results.section}")
+    add_tags(card, getattr(model, "model_tags", None) or ())
+    return card
+
+
+def add_tags(card: ModelCard, tags: Iterable[str]) -> None:
+    """Add to the tags of ``card`` those that it has not."""
+    known = list(card.data.get("tags") or [])
+    new = [tag for tag in dict.fromkeys(tags) if tag not in known]
+    if new:
+        card.data["tags"] = known + new
 
 
 def _calibration(config: SqueezeLLMConfig) -> str:
@@ -112,10 +129,3 @@ def _distillation(config: SqueezeLLMConfig) -> str:
         f"{record['steps']:.0f} steps on the tables, KL to the original on held-out text "
         f"{record['divergence_before']:.4f} -> {record['divergence_after']:.4f} nats a token"
     )
-
-
-def _original(model: Any) -> str | None:
-    """The Hub id that the model came from, if it came from the Hub; never a local path."""
-    name = str(getattr(model.config, "name_or_path", "") or "")
-    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return name if is_id and not os.path.exists(name) else None

@@ -14,13 +14,14 @@ from squeezellm_hf.calibration import datasets
 from squeezellm_hf.distillation.settings import DistillationSettings
 from squeezellm_hf.integration import autoload
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
+from squeezellm_hf.nn.backend import check_backend
 from squeezellm_hf.pipeline import plan
 
 QUANT_METHOD = "squeezellm"
 SCHEMA_VERSION = 1
 
 # Fields of the run, not of the result: never written to a checkpoint.
-RUN_FIELDS = ("tokenizer", "work_dir", "blockwise", "dequantize")
+RUN_FIELDS = ("tokenizer", "work_dir", "blockwise", "dequantize", "backend")
 TABLE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -125,6 +126,9 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             bytes a weight. None: where that is so. Keeps what every block gets in CPU memory,
             2 * hidden_size bytes a token and block.
         dequantize: On loading a quantized checkpoint: give back a plain model instead.
+        backend: What computes this model's quantized layers: "auto", compiled kernels where they
+            are, else PyTorch; "native", an error where they are not; "reference", plain PyTorch,
+            slow, on every device. Not stored; may be given again on loading.
     """
 
     quant_method: str = field(default=QUANT_METHOD, init=False)
@@ -157,11 +161,13 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     work_dir: str | None = None
     blockwise: bool | None = None
     dequantize: bool = False
+    backend: str = "auto"
     schema_version: int = field(default=SCHEMA_VERSION, init=False)
     modules: dict[str, dict[str, Any]] | None = field(default=None, init=False)
     versions: dict[str, str] | None = field(default=None, init=False)
     distilled: dict[str, float] | None = field(default=None, init=False)
     converted_from: str | None = field(default=None, init=False)
+    base_model: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Transformers reads __dict__, where a default that no argument can change is not.
@@ -238,6 +244,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             )
         if not isinstance(self.dequantize, bool):
             raise ValueError(f"dequantize must be true or false, got {self.dequantize!r}")
+        check_backend(self.backend)
         for name, optional in (("dataset_split", False), ("text_column", True)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
@@ -270,8 +277,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                 f"distilled must be an object of numbers ({', '.join(sorted(keys))}), "
                 f"got {distilled!r}"
             )
-        if self.converted_from is not None and not isinstance(self.converted_from, str):
-            raise ValueError(f"converted_from must be a string, got {self.converted_from!r}")
+        for name in ("converted_from", "base_model"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be a string, got {value!r}")
 
     @classmethod
     def from_dict(
@@ -320,7 +329,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """The fields that may be overridden when a quantized checkpoint is loaded."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "backend": self.backend}
 
 
 def _check_integer(name: str, value: Any, low: int) -> None:

@@ -22,7 +22,7 @@ from squeezellm_hf.integration.legacy_model import (
     quantized_linears,
     skeleton,
 )
-from squeezellm_hf.integration.record import record_layers
+from squeezellm_hf.integration.record import hub_id, record_layers
 from squeezellm_hf.methods.squeezellm.transcode import Transcoded, transcode
 from squeezellm_hf.nn import SqueezeLLMLinear
 
@@ -189,4 +189,5 @@ def _record(model: Any, file: LegacyFile, names: list[str]) -> None:
     )
     config.converted_from = file.path.name
     record_layers(config, layers)
+    config.base_model = hub_id(model)
     mark_quantized(model, config)

@@ -8,6 +8,7 @@ from squeezellm_hf.integration import saving
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.quantizer import SqueezeLLMHfQuantizer
 from squeezellm_hf.integration.run import prepare
+from squeezellm_hf.nn.backend import set_backend
 
 
 def quantize_model(
@@ -65,4 +66,5 @@ def mark_quantized(model: Any, config: SqueezeLLMConfig) -> None:
     model.config.quantization_config = config
     model.quantization_method = config.quant_method
     model.is_quantized = True
+    set_backend(model, config.backend)
     saving.attach(model)

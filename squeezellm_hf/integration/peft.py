@@ -127,6 +127,7 @@ def install() -> None:
         return
     LoraModel._create_new_module = staticmethod(_create_new_module)
     LoraModel._unload_and_optionally_merge = _unload_and_optionally_merge
+    other.ModulesToSaveWrapper.check_module = _check_module_to_save
     replaced = {
         "_maybe_include_all_linear_layers": _include_all_linear,
         "prepare_model_for_kbit_training": prepare_model_for_kbit_training,
@@ -142,6 +143,7 @@ _CREATE = LoraModel._create_new_module
 _UNLOAD = LoraModel._unload_and_optionally_merge
 _INCLUDE_ALL_LINEAR = tuners_utils._maybe_include_all_linear_layers
 _PREPARE_FOR_TRAINING = other.prepare_model_for_kbit_training
+_CHECK_MODULE_TO_SAVE = other.ModulesToSaveWrapper.check_module
 
 
 @functools.wraps(_CREATE)
@@ -150,6 +152,20 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwarg
     if isinstance(base, SqueezeLLMLinear):
         return SqueezeLLMLoraLinear(target, adapter_name, config=lora_config, **kwargs)
     return _CREATE(lora_config, adapter_name, target, **kwargs)
+
+
+@functools.wraps(_CHECK_MODULE_TO_SAVE)
+def _check_module_to_save(self: Any) -> None:
+    # PEFT would copy the module and ask for gradients of its packed indices.
+    for name, module in self.original_module.named_modules():
+        if isinstance(module, SqueezeLLMLinear):
+            which = f"whose {name!r} is quantized" if name else "that is quantized"
+            raise ValueError(
+                f"modules_to_save names a {type(self.original_module).__name__} {which} and "
+                "cannot be trained as a whole; name the layer in target_modules, or leave it out "
+                "of the quantization with modules_to_not_convert"
+            )
+    _CHECK_MODULE_TO_SAVE(self)
 
 
 @functools.wraps(_UNLOAD)

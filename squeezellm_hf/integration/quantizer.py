@@ -16,6 +16,7 @@ from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
 from squeezellm_hf.integration.placement import place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
 from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.nn.backend import set_backend
 
 
 class SqueezeLLMHfQuantizer(HfQuantizer):
@@ -112,6 +113,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             self._run = None
             place(model, self._device_map)
             self.pre_quantized = True
+        set_backend(model, self.quantization_config.backend)
         saving.attach(model)
         return model
 

@@ -17,7 +17,7 @@ from squeezellm_hf.distillation.distill import (
 )
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.distill import record, texts
-from squeezellm_hf.integration.record import record_layers
+from squeezellm_hf.integration.record import hub_id, record_layers
 from squeezellm_hf.integration.tokenizer import tokenizer_for
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
@@ -62,6 +62,7 @@ class Run:
         else:
             layers = self._quantize_and_distill(model, self.texts, progress)
         record_layers(self.config, layers)
+        self.config.base_model = hub_id(model)
 
     def _quantize(
         self, model: Any, progress: bool, block_device: torch.device | None = None

@@ -12,15 +12,18 @@ import types
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
 from squeezellm_hf.integration.card import MARKER, model_card
+from squeezellm_hf.integration.push import CARD, push_to_hub
 
-CARD = "README.md"
+# What save_pretrained(push_to_hub=True, ...) takes for the push.
+_HUB_ARGUMENTS = (
+    *("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr"),
+    "tags",
+)
 
 
 def attach(model: Any) -> None:
-    """Give ``model`` the two methods below in place of its class's."""
+    """Give ``model`` two methods in place of its class's."""
     model.save_pretrained = types.MethodType(save_pretrained, model)
     model.push_to_hub = types.MethodType(push_to_hub, model)
 
@@ -46,8 +49,7 @@ def save_pretrained(
         return
     target = Path(save_directory)
     push = kwargs.pop("push_to_hub", False)
-    hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr")
-           if key in kwargs}  # fmt: skip
+    hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
     if target.exists() and not target.is_dir():
         raise ValueError(f"save_directory={str(target)!r} is a file; a directory is needed")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,10 @@ def save_pretrained(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if push:
-        self.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
+        if "max_shard_size" in kwargs:
+            hub["max_shard_size"] = kwargs["max_shard_size"]
+        repository = hub.pop("repo_id", target.name)
+        self.push_to_hub(repository, token=kwargs.get("token"), **hub)
 
 
 def _may_write_card(path: Path) -> bool:
@@ -84,14 +89,3 @@ def _replace_files(staging: Path, target: Path) -> None:
             os.replace(path, destination)
     for name in old - {path.name for path in new}:
         (target / name).unlink()
-
-
-def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    """``PreTrainedModel.push_to_hub``, with our model card unless the repository has one."""
-    token = kwargs.get("token")
-    api = HfApi(token=token)
-    url = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True)
-    if not api.file_exists(url.repo_id, CARD):
-        # Transformers' push keeps and tags the card that it finds in the repository.
-        model_card(self, url.repo_id).push_to_hub(url.repo_id, token=token)
-    return type(self).push_to_hub(self, url.repo_id, *args, **kwargs)

@@ -47,6 +47,10 @@ class SqueezeLLMLinear(nn.Module):
     values: nn.Parameter | None
     bias: nn.Parameter | None
 
+    # What computes; an instance may have others, see squeezellm_hf.nn.backend.
+    _linear = staticmethod(lut_linear)
+    _dequantize = staticmethod(lut_dequantize)
+
     def __init__(
         self,
         in_features: int,
@@ -126,7 +130,7 @@ class SqueezeLLMLinear(nn.Module):
         found: Any = self._parameters
         if "qweight" not in found:  # a replica of DataParallel, say: its tensors are attributes
             found = {name: getattr(self, name) for name in NAMES}
-        return lut_linear(
+        return self._linear(
             x,
             found["qweight"],
             found["lookup_table"],
@@ -139,7 +143,7 @@ class SqueezeLLMLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features] in ``dtype`` (default: that of the tables)."""
-        return lut_dequantize(
+        return self._dequantize(
             self.qweight,
             self.lookup_table,
             bits=self.bits,

@@ -6,9 +6,23 @@ torch's dispatcher then prefers on their device.
 """
 
 from squeezellm_hf.ops import autograd, native, reference, schema
-from squeezellm_hf.ops.functional import lut_dequantize, lut_linear
+from squeezellm_hf.ops.functional import (
+    lut_dequantize,
+    lut_dequantize_reference,
+    lut_linear,
+    lut_linear_reference,
+)
 
 native.load()
 
 # The modules are named so that their import, which registers the ops, is not taken for unused.
-__all__ = ["autograd", "lut_dequantize", "lut_linear", "native", "reference", "schema"]
+__all__ = [
+    "autograd",
+    "lut_dequantize",
+    "lut_dequantize_reference",
+    "lut_linear",
+    "lut_linear_reference",
+    "native",
+    "reference",
+    "schema",
+]

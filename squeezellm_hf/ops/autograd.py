@@ -7,13 +7,21 @@ With y = x W^T + b and W[o, i] = table[o, index[o, i]] + sparse[o, i]::
     dL/dvalues[k]   = dL/dW[row of k, column of k]
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from squeezellm_hf.formats import csr, packing
-from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR, LUT_LINEAR_NO_GRAD
+from squeezellm_hf.ops.schema import (
+    LUT_DEQUANTIZE,
+    LUT_DEQUANTIZE_REFERENCE,
+    LUT_LINEAR,
+    LUT_LINEAR_NO_GRAD,
+    LUT_LINEAR_REFERENCE,
+)
 
 _QWEIGHT, _TABLE, _CROW, _COL, _VALUES = range(5)
 
@@ -41,12 +49,14 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, *stored)
 
 
-def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_linear(
+    dequantize: Callable[..., Tensor], ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, ...]:
     x, *stored = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_x = grad_table = grad_values = grad_bias = None
     if needs[0]:
-        weight = torch.ops.squeezellm_hf.lut_dequantize(*stored, ctx.bits, x.shape[-1], grad.dtype)
+        weight = dequantize(*stored, ctx.bits, x.shape[-1], grad.dtype)
         grad_x = grad @ weight
     if needs[1 + _TABLE] or needs[1 + _VALUES]:
         flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -70,9 +80,14 @@ def _backward_dequantize(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, grad_table, None, None, grad_values, None, None, None
 
 
-torch.library.register_autograd(LUT_LINEAR, _backward_linear, setup_context=_setup_linear)
-torch.library.register_autograd(
-    LUT_DEQUANTIZE, _backward_dequantize, setup_context=_setup_dequantize
-)
+for _linear, _dequantize in (
+    (LUT_LINEAR, torch.ops.squeezellm_hf.lut_dequantize),
+    (LUT_LINEAR_REFERENCE, torch.ops.squeezellm_hf.lut_dequantize_reference),
+):
+    torch.library.register_autograd(
+        _linear, functools.partial(_backward_linear, _dequantize), setup_context=_setup_linear
+    )
+for _name in (LUT_DEQUANTIZE, LUT_DEQUANTIZE_REFERENCE):
+    torch.library.register_autograd(_name, _backward_dequantize, setup_context=_setup_dequantize)
 # The dispatcher passes autograd by and goes straight to the kernel.
 torch.library.impl(LUT_LINEAR_NO_GRAD, "Autograd")(torch.library.fallthrough_kernel)

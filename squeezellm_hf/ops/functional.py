@@ -2,12 +2,14 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from squeezellm_hf.ops import autograd as autograd  # declares the ops and their derivatives
 
 # Looked up once: an attribute of torch.ops costs 0.2 us a call.
 _LUT_LINEAR = torch.ops.squeezellm_hf.lut_linear.default
 _LUT_LINEAR_NO_GRAD = torch.ops.squeezellm_hf.lut_linear_no_grad.default
+_LUT_LINEAR_REFERENCE = torch.ops.squeezellm_hf.lut_linear_reference.default
 
 
 def lut_linear(
@@ -41,7 +43,10 @@ def lut_linear(
 
     Raises:
         ValueError or RuntimeError: if a shape, dtype or device does not fit.
+        NotImplementedError: for a derivative in forward mode (jvp).
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(x, lookup_table, values, bias)
     op = _LUT_LINEAR_NO_GRAD
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -73,8 +78,60 @@ def lut_dequantize(
 
     Raises:
         ValueError or RuntimeError: if a shape, dtype or device does not fit.
+        NotImplementedError: for a derivative in forward mode (jvp).
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(lookup_table, values)
     return torch.ops.squeezellm_hf.lut_dequantize(
         qweight, lookup_table, crow_indices, col_indices, values, bits, in_features,
         lookup_table.dtype if dtype is None else dtype,
     )  # fmt: skip
+
+
+def lut_linear_reference(
+    x: Tensor,
+    qweight: Tensor,
+    lookup_table: Tensor,
+    *,
+    bits: int,
+    crow_indices: Tensor | None = None,
+    col_indices: Tensor | None = None,
+    values: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`lut_linear` in plain PyTorch, whatever kernels there are."""
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(x, lookup_table, values, bias)
+    y: Tensor = _LUT_LINEAR_REFERENCE(
+        x, qweight, lookup_table, crow_indices, col_indices, values, bias, bits
+    )
+    return y
+
+
+def lut_dequantize_reference(
+    qweight: Tensor,
+    lookup_table: Tensor,
+    *,
+    bits: int,
+    in_features: int,
+    crow_indices: Tensor | None = None,
+    col_indices: Tensor | None = None,
+    values: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`lut_dequantize` in plain PyTorch, whatever kernels there are."""
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(lookup_table, values)
+    return torch.ops.squeezellm_hf.lut_dequantize_reference(
+        qweight, lookup_table, crow_indices, col_indices, values, bits, in_features,
+        lookup_table.dtype if dtype is None else dtype,
+    )  # fmt: skip
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """The dispatcher would drop the tangent of an op without a rule for it, and say nothing."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "SqueezeLLM layers have no derivative in forward mode (torch.func.jvp, jacfwd, "
+            "forward_ad.dual_level); use reverse mode (backward), or dequantize() the model"
+        )

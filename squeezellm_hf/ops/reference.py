@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from squeezellm_hf.formats import csr, packing
-from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR, LUT_LINEAR_NO_GRAD
+from squeezellm_hf.ops.schema import (
+    LUT_DEQUANTIZE,
+    LUT_DEQUANTIZE_REFERENCE,
+    LUT_LINEAR,
+    LUT_LINEAR_NO_GRAD,
+    LUT_LINEAR_REFERENCE,
+)
 
 
 def _check(
@@ -89,6 +95,7 @@ def lut_linear(
 
 
 # Not as decorators: those leave None behind instead of the function.
-torch.library.impl(LUT_DEQUANTIZE, "CompositeExplicitAutograd")(lut_dequantize)
-torch.library.impl(LUT_LINEAR, "CompositeExplicitAutograd")(lut_linear)
-torch.library.impl(LUT_LINEAR_NO_GRAD, "CompositeExplicitAutograd")(lut_linear)
+for _name in (LUT_DEQUANTIZE, LUT_DEQUANTIZE_REFERENCE):
+    torch.library.impl(_name, "CompositeExplicitAutograd")(lut_dequantize)
+for _name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD, LUT_LINEAR_REFERENCE):
+    torch.library.impl(_name, "CompositeExplicitAutograd")(lut_linear)

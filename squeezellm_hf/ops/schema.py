@@ -13,22 +13,27 @@ NAMESPACE = "squeezellm_hf"
 LUT_LINEAR = f"{NAMESPACE}::lut_linear"
 LUT_LINEAR_NO_GRAD = f"{NAMESPACE}::lut_linear_no_grad"
 LUT_DEQUANTIZE = f"{NAMESPACE}::lut_dequantize"
+# The same for models that are to run on plain PyTorch: no library has kernels for these.
+LUT_LINEAR_REFERENCE = f"{NAMESPACE}::lut_linear_reference"
+LUT_DEQUANTIZE_REFERENCE = f"{NAMESPACE}::lut_dequantize_reference"
 
-for _name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD):
+for _name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD, LUT_LINEAR_REFERENCE):
     torch.library.define(
         _name,
         "(Tensor x, Tensor qweight, Tensor lookup_table, Tensor? crow_indices, "
         "Tensor? col_indices, Tensor? values, Tensor? bias, int bits) -> Tensor",
     )
-torch.library.define(
-    LUT_DEQUANTIZE,
-    "(Tensor qweight, Tensor lookup_table, Tensor? crow_indices, Tensor? col_indices, "
-    "Tensor? values, int bits, int in_features, ScalarType dtype) -> Tensor",
-)
+for _name in (LUT_DEQUANTIZE, LUT_DEQUANTIZE_REFERENCE):
+    torch.library.define(
+        _name,
+        "(Tensor qweight, Tensor lookup_table, Tensor? crow_indices, Tensor? col_indices, "
+        "Tensor? values, int bits, int in_features, ScalarType dtype) -> Tensor",
+    )
 
 
 @torch.library.register_fake(LUT_LINEAR)
 @torch.library.register_fake(LUT_LINEAR_NO_GRAD)
+@torch.library.register_fake(LUT_LINEAR_REFERENCE)
 def _(
     x: Tensor,
     qweight: Tensor,
@@ -43,6 +48,7 @@ def _(
 
 
 @torch.library.register_fake(LUT_DEQUANTIZE)
+@torch.library.register_fake(LUT_DEQUANTIZE_REFERENCE)
 def _(
     qweight: Tensor,
     lookup_table: Tensor,

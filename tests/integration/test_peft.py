@@ -484,3 +484,23 @@ assert peft.utils.other.prepare_model_for_kbit_training is ours.prepare_model_fo
     )
     assert result.returncode == 0, result.stderr
     assert "could not register" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("up_proj", "names a SqueezeLLMLinear that is quantized"),
+        ("mlp", "names a LlamaMLP whose 'gate_proj' is quantized"),
+    ],
+)
+def test_modules_to_save_that_are_quantized(quantized: Any, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"modules_to_save {message} and cannot be trained"):
+        peft.get_peft_model(quantized, lora(target_modules=["q_proj"], modules_to_save=[name]))
+
+
+def test_modules_to_save_that_are_plain(quantized: Any) -> None:
+    model = peft.get_peft_model(
+        quantized, lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lm_head.modules_to_save" in name for name in trained)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from squeezellm_hf import SqueezeLLMConfig, quantize_model
-from squeezellm_hf.integration import saving
 from tests.conftest import tiny_llama
 
 
@@ -123,42 +121,6 @@ def test_a_card_that_somebody_wrote_is_kept(quantized: LlamaForCausalLM, tmp_pat
     (tmp_path / "README.md").write_text("# Mine")
     quantized.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "# Mine"
-
-
-@pytest.mark.parametrize("through_save", [True, False])
-def test_push_to_hub(
-    quantized: LlamaForCausalLM,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    through_save: bool,
-) -> None:
-    """The card is pushed to a repository without one, then transformers pushes the rest."""
-    calls: list[tuple[str, str]] = []
-
-    class Api:
-        def __init__(self, token: str | None = None) -> None:
-            assert token == "secret"
-
-        def create_repo(self, repo_id: str, **kwargs: object) -> SimpleNamespace:
-            return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-        def file_exists(self, repo_id: str, name: str) -> bool:
-            return False
-
-    monkeypatch.setattr(saving, "HfApi", Api)
-    monkeypatch.setattr(
-        huggingface_hub.ModelCard,
-        "push_to_hub",
-        lambda self, repo_id, **k: calls.append(("card", repo_id)),
-    )
-    monkeypatch.setattr(
-        type(quantized), "push_to_hub", lambda self, repo_id, **k: calls.append(("model", repo_id))
-    )
-    if through_save:
-        quantized.save_pretrained(tmp_path / "tiny", push_to_hub=True, token="secret")
-    else:
-        quantized.push_to_hub("tiny", token="secret")
-    assert calls == [("card", "me/tiny"), ("model", "me/tiny")]
 
 
 def test_a_copy_of_the_model_saves_itself(quantized: LlamaForCausalLM, tmp_path: Path) -> None:

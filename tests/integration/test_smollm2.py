@@ -9,45 +9,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.smollm2 import build
-from squeezellm_hf import SqueezeLLMConfig, SqueezeLLMLinear
+from squeezellm_hf import SqueezeLLMLinear
 from squeezellm_hf.calibration.datasets import token_stream
-
-PROMPT = "The capital of France is"
-CONFIG = {"bits": 4, "n_samples": 4, "sequence_length": 256}
+from tests.integration.conftest import PROMPT, SavedSmolLM2, generate, quantize
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("gguf")
-    try:
-        return build(tmp_path_factory.mktemp("smollm2") / "original")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+@pytest.fixture
+def original(smollm2: Path) -> Path:
+    return smollm2
 
 
-def quantize(original: Path, work_dir: Path):
-    config = SqueezeLLMConfig(**CONFIG, work_dir=str(work_dir))
-    return AutoModelForCausalLM.from_pretrained(
-        original, dtype=torch.bfloat16, quantization_config=config
-    )
-
-
-@pytest.fixture(scope="module")
-def saved(original: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
+@pytest.fixture
+def saved(smollm2_quantized: SavedSmolLM2) -> tuple[Path, str, dict]:
     """The quantized checkpoint, and what the model generated and held before it was saved."""
-    path = tmp_path_factory.mktemp("smollm2") / "quantized"
-    model = quantize(original, path.parent / "work")
-    text = generate(model, AutoTokenizer.from_pretrained(original))
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(original).save_pretrained(path)
-    return path, text, model.state_dict()
-
-
-def generate(model, tokenizer) -> str:
-    ids = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(**ids, max_new_tokens=48, do_sample=False)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return smollm2_quantized.path, smollm2_quantized.text, smollm2_quantized.tensors
 
 
 def perplexity(model, token_ids: torch.Tensor) -> float:
@@ -126,3 +101,29 @@ def test_compiles_as_a_whole(saved: tuple[Path, str, dict]) -> None:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         actual = compiled(ids, use_cache=False).logits
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_modes_of_generation_agree(original: Path, saved: tuple[Path, str, dict]) -> None:
+    """In fp32, where no two tokens are equally likely: the same text by every way."""
+    path, _, _ = saved
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    options = {"max_new_tokens": 16, "do_sample": False}
+
+    def text(prompt: str, **more: object) -> str:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, **options, **more)
+        return tokenizer.decode(output[0], skip_special_tokens=True)
+
+    expected = text(PROMPT)
+    assert text(PROMPT, cache_implementation="static") == expected
+    assert text(PROMPT, prompt_lookup_num_tokens=3) == expected
+    assistant = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    assert text(PROMPT, assistant_model=assistant) == expected
+    prompts = [PROMPT, "Water boils at a temperature of"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    output = model.generate(**batch, **options)
+    assert tokenizer.batch_decode(output, skip_special_tokens=True) == [
+        expected,
+        text(prompts[1]),
+    ]

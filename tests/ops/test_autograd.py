@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from squeezellm_hf.nn import SqueezeLLMLinear
-from squeezellm_hf.ops import lut_linear
+from squeezellm_hf.ops import (
+    lut_dequantize,
+    lut_dequantize_reference,
+    lut_linear,
+    lut_linear_reference,
+)
 from tests.ops.oracle import make_weight
 
 BITS, IN, OUT = 4, 40, 9
@@ -168,3 +174,35 @@ def test_a_replica_has_plain_attributes() -> None:
         setattr(replica, name, None if parameter is None else parameter.data)
     assert not dict(replica.named_parameters())
     assert replica(x).equal(linear(x))
+
+
+@pytest.mark.parametrize("name", ["x", "lookup_table", "values", "bias"])
+def test_forward_mode_is_refused(name: str) -> None:
+    tensors = arguments()
+    tangent = torch.ones_like(tensors[name])
+    for function in (lut_linear, lut_linear_reference):
+        with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+            torch.func.jvp(
+                lambda tensor, function=function: function(**{**tensors, name: tensor}, bits=BITS),
+                (tensors[name],),
+                (tangent,),
+            )
+    with forward_ad.dual_level():
+        lut_linear(**tensors, bits=BITS)  # nothing that it gets has a tangent
+        dual = {**tensors, name: forward_ad.make_dual(tensors[name], tangent)}
+        with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+            lut_linear(**dual, bits=BITS)
+
+
+def test_forward_mode_of_the_weight_is_refused() -> None:
+    stored = dict(WEIGHT.tensors)
+    table = stored.pop("lookup_table")
+    for function in (lut_dequantize, lut_dequantize_reference):
+        with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+            torch.func.jvp(
+                lambda t, function=function: function(
+                    **stored, lookup_table=t, bits=BITS, in_features=IN
+                ),
+                (table,),
+                (torch.ones_like(table),),
+            )

@@ -25,6 +25,10 @@ def test_opcheck(density: float, dtype: torch.dtype) -> None:
     bias = torch.randn(9)
     torch.library.opcheck(torch.ops.squeezellm_hf.lut_linear.default, (x, *stored, bias, 4))
     torch.library.opcheck(torch.ops.squeezellm_hf.lut_dequantize.default, (*stored, 4, 40, dtype))
+    reference = torch.ops.squeezellm_hf.lut_linear_reference.default
+    torch.library.opcheck(reference, (x, *stored, bias, 4))
+    reference = torch.ops.squeezellm_hf.lut_dequantize_reference.default
+    torch.library.opcheck(reference, (*stored, 4, 40, dtype))
 
 
 def test_a_missing_library_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
