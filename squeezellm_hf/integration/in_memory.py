@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from squeezellm_hf.integration import saving
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.quantizer import SqueezeLLMHfQuantizer
 from squeezellm_hf.integration.run import prepare
@@ -48,8 +47,9 @@ def mark_quantized(model: Any, config: SqueezeLLMConfig) -> None:
         model: a ``PreTrainedModel`` whose layers are quantized.
         config: with the record of these layers.
     """
-    model.hf_quantizer = SqueezeLLMHfQuantizer(config, pre_quantized=True)
+    quantizer = SqueezeLLMHfQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
     model.config.quantization_config = config
     model.quantization_method = config.quant_method
     model.is_quantized = True
-    saving.attach(model)
+    quantizer.attach(model)

@@ -24,6 +24,7 @@ from peft.utils import other
 from torch import nn
 
 from squeezellm_hf.integration import autoload
+from squeezellm_hf.integration.expand import peft as expand_peft
 from squeezellm_hf.integration.quantizer import SqueezeLLMHfQuantizer
 from squeezellm_hf.nn import SqueezeLLMLinear
 
@@ -127,6 +128,7 @@ def install() -> None:
         return
     LoraModel._create_new_module = staticmethod(_create_new_module)
     LoraModel._unload_and_optionally_merge = _unload_and_optionally_merge
+    expand_peft.install()
     replaced = {
         "_maybe_include_all_linear_layers": _include_all_linear,
         "prepare_model_for_kbit_training": prepare_model_for_kbit_training,

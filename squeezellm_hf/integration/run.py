@@ -15,6 +15,7 @@ from squeezellm_hf.distillation.distill import (
     uses_mixed_precision,
     work_directory,
 )
+from squeezellm_hf.integration import expand
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.distill import record, texts
 from squeezellm_hf.integration.record import record_layers
@@ -42,10 +43,14 @@ class Run:
 
     def quantize(self, model: Any, progress: bool = True) -> None:
         """Quantize ``model`` in place and record in ``config`` what a reload needs."""
-        if self.texts is None:
-            layers = self._quantize(model, progress)
-        else:
-            layers = self._quantize_and_distill(model, self.texts, progress)
+        expand.expand(model)
+        try:
+            if self.texts is None:
+                layers = self._quantize(model, progress)
+            else:
+                layers = self._quantize_and_distill(model, self.texts, progress)
+        finally:
+            expand.fold(model)  # what no layer of the plan was in, or all of it after an error
         record_layers(self.config, layers)
 
     def _quantize(self, model: Any, progress: bool) -> dict[str, SqueezeLLMLinear]:
@@ -92,7 +97,9 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         getattr(model, "_keep_in_fp32_modules", None),
         add_default_skips=True,
     )
-    plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
+    with expand.structure(model):
+        skip = [*skip, *expand.routers(model)]
+        plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
     check_calibration(plan, config.dataset is not None)
     tokenizer = tokenizer if tokenizer is not None else config.tokenizer
     sequences = _sequences(model, config, tokenizer)
