@@ -128,7 +128,7 @@ def install() -> None:
         return
     LoraModel._create_new_module = staticmethod(_create_new_module)
     LoraModel._unload_and_optionally_merge = _unload_and_optionally_merge
-    expand_peft.install()
+    expand_peft.install(LoraModel)
     replaced = {
         "_maybe_include_all_linear_layers": _include_all_linear,
         "prepare_model_for_kbit_training": prepare_model_for_kbit_training,

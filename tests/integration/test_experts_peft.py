@@ -60,7 +60,7 @@ def test_experts_train_and_merge(token_ids: Tensor, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_an_adapter_reloads(family: str, targets: Any, token_ids: Tensor, tmp_path: Path) -> None:
-    base, model = adapted(family, token_ids, target_modules=targets)
+    _base, model = adapted(family, token_ids, target_modules=targets)
     experts = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
     assert any(".experts.7.down_proj" in name for name in experts)
     with torch.no_grad():

@@ -15,8 +15,24 @@ from squeezellm_hf.nn import Experts
 _MODULE = "peft.utils.transformers_weight_conversion"
 
 
-def install() -> None:
-    """Leave targets and adapters of expanded experts alone; a second call changes nothing."""
+def install(lora_model: Any) -> None:
+    """Leave targets and adapters of expanded experts alone.
+
+    Args:
+        lora_model: PEFT's ``LoraModel``. Its translation is replaced when the first is made: now,
+            PEFT may be half imported.
+    """
+    original = lora_model.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        _replace()
+        original(self, *args, **kwargs)
+
+    lora_model.__init__ = init
+
+
+def _replace() -> None:
     try:
         conversion = importlib.import_module(_MODULE)
     except ImportError:  # a PEFT without this translation, or a Transformers too old for it
