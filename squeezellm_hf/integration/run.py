@@ -97,6 +97,7 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         getattr(model, "_keep_in_fp32_modules", None),
         add_default_skips=True,
     )
+    expand.warn_of_unknown(model)
     with expand.structure(model):
         skip = [*skip, *expand.routers(model)]
         plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)

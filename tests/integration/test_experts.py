@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -290,3 +291,15 @@ def test_compiled_and_with_a_static_cache(folder: Path, token_ids: Tensor) -> No
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(prompt).logits, model(prompt).logits)
+
+
+def test_experts_of_another_layout_are_named(token_ids: Tensor) -> None:
+    config = transformers.DbrxConfig(
+        d_model=64, n_heads=4, n_layers=1, max_seq_len=64, vocab_size=VOCABULARY,
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1},
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+    )  # fmt: skip
+    model = transformers.DbrxForCausalLM(config)
+    with pytest.warns(UserWarning, match=r"DbrxExpertGLU .*blocks\.0.* stay as they are"):
+        quantize_model(model, None, settings(None, n_samples=1), progress=False)
+    assert quantized(model)

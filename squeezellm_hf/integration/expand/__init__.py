@@ -5,6 +5,6 @@ is *expanded* before it is quantized and before a quantized checkpoint is loaded
 become plain again is *folded* into its first form.
 """
 
-from squeezellm_hf.integration.expand.model import expand, fold, routers, structure
+from squeezellm_hf.integration.expand.model import expand, fold, routers, structure, warn_of_unknown
 
-__all__ = ["expand", "fold", "routers", "structure"]
+__all__ = ["expand", "fold", "routers", "structure", "warn_of_unknown"]

@@ -1,6 +1,7 @@
 """Expand a whole model, and fold it again."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +83,22 @@ def routers(model: nn.Module) -> list[str]:
             if named and isinstance(layer, nn.Linear) and layer.out_features in outputs:
                 found.append(f"{path}.{inner}")
     return found
+
+
+def warn_of_unknown(model: nn.Module) -> None:
+    """Name the experts that no part of this package can expand; they are left unquantized."""
+    kinds: dict[str, list[str]] = {}
+    for name in _names(model):
+        module = model.get_submodule(name)
+        if "Expert" in type(module).__name__ and module._parameters and _expanded(module) is None:
+            kinds.setdefault(type(module).__name__, []).append(name)
+    for kind, names in kinds.items():
+        count = sum(p.numel() for n in names for p in model.get_submodule(n).parameters(False))
+        warnings.warn(
+            f"{kind} ({names[0]}{', ...' if names[1:] else ''}) holds its experts in a layout that "
+            f"is not supported: {count / 1e6:.0f}M weights stay as they are",
+            stacklevel=2,
+        )
 
 
 def _names(model: nn.Module) -> list[str]:
