@@ -1,8 +1,10 @@
 """Mixtures of experts, and GPT-2's Conv1D: quantized, saved, loaded and run."""
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from examples import moe as moe_example
 from squeezellm_hf import SqueezeLLMConfig, SqueezeLLMLinear, quantize_model
 from squeezellm_hf.integration.expand import expand, fold, structure
 from squeezellm_hf.nn import Experts
@@ -303,3 +306,38 @@ def test_experts_of_another_layout_are_named(token_ids: Tensor) -> None:
     with pytest.warns(UserWarning, match=r"DbrxExpertGLU .*blocks\.0.* stay as they are"):
         quantize_model(model, None, settings(None, n_samples=1), progress=False)
     assert quantized(model)
+
+
+def test_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    moe_example.main()
+    printed = capsys.readouterr().out
+    used, total = map(int, re.search(r"used (\d+) of (\d+) experts", printed).groups())
+    assert total == 2 * 16
+    assert 2 * 4 <= used < total
+
+
+def test_expansion_copies_no_weight_that_it_can_view() -> None:
+    model = tiny("mixtral")
+    fused = model.model.layers[0].mlp.experts.down_proj
+    expand(model)
+    layer = model.model.layers[0].mlp.experts[3]["down_proj"]
+    assert layer.weight.data_ptr() == fused[3].data_ptr()
+    assert layer.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gpt2"])
+def test_a_resumed_run_ends_in_the_same(family: str, token_ids: Tensor, tmp_path: Path) -> None:
+    config = {"work_dir": str(tmp_path), "codebook": "guided", "guided_groups": 2}
+    short = token_ids[:1, :16]  # reaches some experts barely
+    results = []
+    for unfinished in ("", "layer-*attn*", "layer-*1*"):
+        for path in list(tmp_path.glob(unfinished)) if unfinished else []:
+            path.unlink()
+        run = settings(short, n_samples=1, sequence_length=16, **config)
+        model = quantize_model(tiny(family), None, run, progress=False)
+        results.append(model.state_dict())
+    for other in results[1:]:
+        assert all(tensor.equal(results[0][name]) for name, tensor in other.items())
