@@ -93,6 +93,8 @@ def linear_sizes(config: Any) -> dict[str, int]:
     """
     from transformers import AutoModelForCausalLM
 
+    from squeezellm_hf.integration.expand import expand
+
     plain = copy.deepcopy(config)
     # Nothing is loaded, so that nothing may be quantized either.
     if hasattr(plain, "quantization_config"):
@@ -100,6 +102,7 @@ def linear_sizes(config: Any) -> dict[str, int]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(plain)
+            expand(model)
     except (ValueError, ImportError):
         return {}
     return {

@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 
-from squeezellm_hf.integration import saving
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.quantizer import SqueezeLLMHfQuantizer
 from squeezellm_hf.integration.run import prepare
-from squeezellm_hf.nn.backend import set_backend
 
 
 def quantize_model(
@@ -28,8 +26,8 @@ def quantize_model(
 
     Raises:
         ValueError: if the model is quantized already, is not in CPU memory though ``blockwise`` is
-            set, has nothing to quantize, holds a weight
-            that is not finite, or the calibration data does not suffice.
+            set, has nothing to quantize, holds a weight that is not finite, or the calibration
+            data does not suffice.
     """
     config = SqueezeLLMConfig() if config is None else config
     quantizer = getattr(model, "hf_quantizer", None)
@@ -62,9 +60,9 @@ def mark_quantized(model: Any, config: SqueezeLLMConfig) -> None:
         model: a ``PreTrainedModel`` whose layers are quantized.
         config: with the record of these layers.
     """
-    model.hf_quantizer = SqueezeLLMHfQuantizer(config, pre_quantized=True)
+    quantizer = SqueezeLLMHfQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
     model.config.quantization_config = config
     model.quantization_method = config.quant_method
     model.is_quantized = True
-    set_backend(model, config.backend)
-    saving.attach(model)
+    quantizer.attach(model)

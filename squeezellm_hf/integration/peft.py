@@ -24,6 +24,7 @@ from peft.utils import other
 from torch import nn
 
 from squeezellm_hf.integration import autoload
+from squeezellm_hf.integration.expand import peft as expand_peft
 from squeezellm_hf.integration.quantizer import SqueezeLLMHfQuantizer
 from squeezellm_hf.nn import SqueezeLLMLinear
 
@@ -128,6 +129,7 @@ def install() -> None:
     LoraModel._create_new_module = staticmethod(_create_new_module)
     LoraModel._unload_and_optionally_merge = _unload_and_optionally_merge
     other.ModulesToSaveWrapper.check_module = _check_module_to_save
+    expand_peft.install(LoraModel)
     replaced = {
         "_maybe_include_all_linear_layers": _include_all_linear,
         "prepare_model_for_kbit_training": prepare_model_for_kbit_training,

@@ -3,6 +3,7 @@
 Works from transformers 5.17 on; arguments that came or went since are taken as ``**kwargs``.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from squeezellm_hf.integration import autoload, saving
+from squeezellm_hf.integration import autoload, expand, saving
 from squeezellm_hf.integration.checkpoint import check_files
 from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
+from squeezellm_hf.integration.initialization import attach_weight, detach_weight
 from squeezellm_hf.integration.placement import place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
-from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.nn import Experts, SqueezeLLMLinear
 from squeezellm_hf.nn.backend import set_backend
 
 
@@ -30,6 +32,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._device_map: Any = None
         self._run: Run | None = None
+        self._has_experts = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raise ValueError for a checkpoint that says to be quantized but names no module."""
@@ -63,6 +66,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             return model
         records = self.quantization_config.records
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        expand.expand(model, _prefixes(records).__contains__)
         for name, record in records.items():
             linear = _linear(model, name)
             if record.nnz > linear.in_features * linear.out_features:
@@ -80,6 +84,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 dtype=linear.bias.dtype if linear.bias is not None else dtype,
                 device="meta",
             )
+            attach_weight(layer, (layer.out_features, layer.in_features))
             model.set_submodule(name, layer)
         if kwargs.get("checkpoint_files"):
             check_files(kwargs["checkpoint_files"], records)
@@ -89,6 +94,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             for name, record in self.quantization_config.records.items():
                 layer = model.get_submodule(name)
+                detach_weight(layer)
                 layer.requires_grad_(False)
                 layer.check(f"{name}.")
                 layer.align()
@@ -113,9 +119,14 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             self._run = None
             place(model, self._device_map)
             self.pre_quantized = True
-        set_backend(model, self.quantization_config.backend)
-        saving.attach(model)
+        self.attach(model)
         return model
+
+    def attach(self, model: Any) -> None:
+        """Take charge of a model whose layers are quantized."""
+        set_backend(model, self.quantization_config.backend)
+        self._has_experts = any(isinstance(module, Experts) for module in model.modules())
+        saving.attach(model)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if not isinstance(dtype, torch.dtype):
@@ -124,6 +135,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             layer = model.get_submodule(name)
             if isinstance(layer, SqueezeLLMLinear):
                 model.set_submodule(name, layer.to_linear(dtype))
+        expand.fold(model)
         saving.detach(model)
         return model
 
@@ -137,6 +149,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             for name, record in (self.quantization_config.modules or {}).items()
             if isinstance(model.get_submodule(name), SqueezeLLMLinear)
         }
+        expand.fold(model)
         if not self.quantization_config.modules:
             saving.detach(model)
             self.remove_quantization_config(model)
@@ -152,8 +165,14 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """The ops have fake kernels and cause no graph break."""
-        return True
+        """The ops have fake kernels and cause no graph break; which experts run depends on data."""
+        return not self._has_experts
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """The names, and those of all modules around them."""
+    parts = [name.split(".") for name in names]
+    return {".".join(part[:count]) for part in parts for count in range(1, len(part) + 1)}
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -15,6 +15,7 @@ from squeezellm_hf.distillation.distill import (
     uses_mixed_precision,
     work_directory,
 )
+from squeezellm_hf.integration import expand
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.distill import record, texts
 from squeezellm_hf.integration.record import hub_id, record_layers
@@ -45,7 +46,8 @@ class Run:
         """Whether ``model``, in CPU memory, is to be quantized block by block on ``device``."""
         if self.config.blockwise is not None:
             return self.config.blockwise
-        return self.texts is None and not fits(model, self.plan, device)
+        with expand.structure(model):
+            return self.texts is None and not fits(model, self.plan, device)
 
     def quantize(
         self, model: Any, progress: bool = True, *, block_device: torch.device | None = None
@@ -57,10 +59,14 @@ class Run:
             progress: show progress bars.
             block_device: where to compute, one block at a time. Default: where the model is.
         """
-        if self.texts is None:
-            layers = self._quantize(model, progress, block_device)
-        else:
-            layers = self._quantize_and_distill(model, self.texts, progress)
+        expand.expand(model)
+        try:
+            if self.texts is None:
+                layers = self._quantize(model, progress, block_device)
+            else:
+                layers = self._quantize_and_distill(model, self.texts, progress)
+        finally:
+            expand.fold(model)  # what no layer of the plan was in, or all of it after an error
         record_layers(self.config, layers)
         self.config.base_model = hub_id(model)
 
@@ -114,7 +120,10 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         getattr(model, "_keep_in_fp32_modules", None),
         add_default_skips=True,
     )
-    plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
+    expand.warn_of_unknown(model)
+    with expand.structure(model):
+        skip = [*skip, *expand.routers(model)]
+        plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
     check_calibration(plan, config.dataset is not None)
     tokenizer = tokenizer if tokenizer is not None else config.tokenizer
     sequences = _sequences(model, config, tokenizer)

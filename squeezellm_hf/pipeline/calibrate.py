@@ -4,15 +4,19 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from squeezellm_hf.calibration.accumulate import Statistic, accumulate
 from squeezellm_hf.calibration.fisher import FisherDiagonal
 from squeezellm_hf.calibration.hessian import Hessians, sum_names
+from squeezellm_hf.calibration.tokens import TokenCounts
+from squeezellm_hf.pipeline import siblings
 from squeezellm_hf.pipeline.work_dir import WorkDir
 
 FISHER = "fisher"
+TOKENS = "tokens"
 
 
 class Calibration:
@@ -48,6 +52,7 @@ class Calibration:
         self._progress = progress
         self._keep_hessians = keep_hessians
         self._fisher: FisherDiagonal | None = None
+        self._tokens: TokenCounts | None = None
 
     def take(
         self, groups: Mapping[str, int], title: str = "Calibrating"
@@ -60,9 +65,11 @@ class Calibration:
             groups: the layers that need a Hessian, and how many groups.
             title: of the progress bar.
         """
+        is_first = self._fisher is None
         fisher = self._fisher = self._fisher or self._start_fisher()
+        tokens = self._tokens = self._tokens or self._start_tokens()
         hessians = self._start_hessians(groups) if groups else None
-        labels: dict[str, Statistic] = {FISHER: fisher}
+        labels: dict[str, Statistic] = {FISHER: fisher, TOKENS: tokens}
         if hessians is not None:
             labels[hessian_label(groups)] = hessians
         total = len(self._sequences)
@@ -83,6 +90,11 @@ class Calibration:
                     list(missing.values()),
                     after_sequence=after_sequence,
                 )
+        if is_first:
+            siblings.warn(tokens.sums)
+            siblings.complete(fisher.sums, tokens.sums)
+        if hessians is not None:
+            siblings.complete(hessians.sums, tokens.sums)
         return fisher.sums, hessians
 
     def drop(self, groups: Mapping[str, int]) -> None:
@@ -94,6 +106,11 @@ class Calibration:
         devices = {name: linear.weight.device for name, linear in self._linears.items()}
         sums, count = self._run.load_sums(FISHER, devices) if self._run else (None, 0)
         return FisherDiagonal(self._linears, sums, count)
+
+    def _start_tokens(self) -> TokenCounts:
+        devices = dict.fromkeys(self._linears, torch.device("cpu"))
+        sums, count = self._run.load_sums(TOKENS, devices) if self._run else (None, 0)
+        return TokenCounts(self._linears, sums, count)
 
     def _start_hessians(self, groups: Mapping[str, int]) -> Hessians:
         linears = {name: self._linears[name] for name in groups}
@@ -108,7 +125,7 @@ class Calibration:
             return
         for label, statistic in statistics.items():
             # Those that will be dropped soon are not worth a last time.
-            last = final and (label == FISHER or self._keep_hessians)
+            last = final and (label in (FISHER, TOKENS) or self._keep_hessians)
             self._run.save_sums(label, statistic.sums, statistic.sequences, final=last)
 
 

@@ -1,0 +1,95 @@
+"""Experts of a mixture whose weights are linear layers of their own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Experts(nn.Module):
+    """y[t] = sum over j of weight[t, j] * down(activation(up(x[t]))), of expert index[t, j].
+
+    The experts are the children ``0``, ``1``, ..., each a dictionary of two linear layers of any
+    kind: ``experts.0.gate_up_proj`` and ``experts.0.down_proj``, say.
+
+    Only chosen experts are computed, each once, on all of its tokens. How many tokens each expert
+    has is read from the device once a call. The sum is deterministic: the results of a token are
+    added in the order of the router.
+
+    Args:
+        experts: one ``nn.ModuleDict`` an expert, with the layers ``up`` and ``down``.
+        up: name of the first layer: [hidden_size] -> what ``activation`` takes.
+        down: name of the second layer: what ``activation`` gives -> [hidden_size].
+        activation: applied between them; the gating, where there is one, is part of it.
+        norm: applied to the output of an expert, before its weight.
+    """
+
+    activation: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor] | None
+
+    def __init__(
+        self,
+        experts: Sequence[nn.ModuleDict],
+        up: str,
+        down: str,
+        activation: Callable[[Tensor], Tensor],
+        norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = len(experts)
+        self.up, self.down = up, down
+        # Not registered: what they are made of is, by whoever knows its name.
+        self.__dict__["activation"] = activation
+        self.__dict__["norm"] = norm
+        for index, expert in enumerate(experts):
+            self.add_module(str(index), expert)
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, index: int) -> Any:
+        return self._modules[str(index)]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(self.num_experts))
+
+    # Which experts run depends on the data: a compiled graph ends here and goes on behind it.
+    @torch.compiler.disable
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run the chosen experts.
+
+        Args:
+            hidden_states: [tokens, hidden_size].
+            top_k_index: int64 [tokens, k]; ``num_experts`` stands for no expert.
+            top_k_weights: [tokens, k].
+
+        Returns:
+            [tokens, hidden_size] in the dtype of ``hidden_states``.
+        """
+        tokens, k = top_k_index.shape
+        chosen = top_k_index.flatten()
+        order = chosen.argsort(stable=True)
+        sizes = torch.bincount(chosen, minlength=self.num_experts).tolist()
+        rows = hidden_states[order // k]
+        outputs = []
+        start = 0
+        for index, size in enumerate(sizes[: self.num_experts]):
+            if size:
+                outputs.append(self._run(self[index], rows[start : start + size]))
+                start += size
+        if start < order.numel() or not outputs:
+            outputs.append(torch.zeros_like(rows[start:]))
+        weights = top_k_weights.flatten()[order].unsqueeze(-1)
+        weighted = torch.cat(outputs) * weights
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.numel(), device=order.device)
+        states = weighted[place].view(tokens, k, hidden_states.shape[-1]).sum(dim=1)
+        return states.to(hidden_states.dtype)
+
+    def _run(self, expert: Any, rows: Tensor) -> Tensor:
+        states: Tensor = expert[self.down](self.activation(expert[self.up](rows)))
+        return states if self.norm is None else self.norm(states)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}"
