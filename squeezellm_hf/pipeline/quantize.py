@@ -1,7 +1,9 @@
 """Calibrate, quantize and swap the linear layers of a model, layer by layer."""
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from squeezellm_hf.calibration.hessian import Hessians, shared_inputs
+from squeezellm_hf.calibration.objectives import Objective, Sample
 from squeezellm_hf.methods.squeezellm import WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import passes
@@ -20,8 +23,9 @@ from squeezellm_hf.pipeline.work_dir import WorkDir, fingerprint
 def quantize_modules(
     model: nn.Module,
     plan: Plan,
-    sequences: Tensor | None,
+    sequences: Sequence[Sample] | Tensor | None,
     *,
+    objective: Objective | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     hessian_budgets: Mapping[torch.device, int] | None = None,
@@ -38,8 +42,10 @@ def quantize_modules(
     Args:
         model: on its devices; not on meta.
         plan: parameters by module name (:func:`squeezellm_hf.pipeline.make_plan`).
-        sequences: token ids, int64 [n_samples, sequence_length], or None to quantize without
-            calibration: every weight then counts the same.
+        sequences: token ids, int64 [n_samples, sequence_length]; or keyword arguments of the
+            model, a mapping each; or None to quantize without calibration: every weight then
+            counts the same.
+        objective: what is differentiated. Default: the loss of a causal language model.
         work_dir: where finished work is kept. A run that was killed goes on from there and ends
             in the identical result.
         progress: show progress bars.
@@ -57,15 +63,19 @@ def quantize_modules(
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in plan}
     _check_weights(model)
     check_calibration(plan, sequences is not None)
-    run = WorkDir(work_dir, fingerprint(model, sequences)) if work_dir is not None else None
+    run = (
+        WorkDir(work_dir, fingerprint(model, sequences, objective))
+        if work_dir is not None
+        else None
+    )
     done = _finished(plan, run)
     shared = {}
     if sequences is not None and any(p.hessian_groups == 0 for p in plan.values()):
-        shared = shared_inputs(model, linears, sequences[0])
+        shared = shared_inputs(model, linears, sequences[0], objective)
     budgets = hessian_budgets or passes.hessian_budgets(linears, model)
     todo = passes.make_passes(plan, linears, shared, budgets)
     calibration = (
-        Calibration(model, linears, sequences, shared, run, progress, len(todo) == 1)
+        Calibration(model, linears, sequences, shared, run, progress, len(todo) == 1, objective)
         if sequences is not None
         else None
     )
@@ -101,12 +111,14 @@ def _quantize(
 ) -> dict[str, dict[str, Tensor]]:
     """Quantize layers side by side, and keep them. Their part of the Fisher sums is dropped."""
     matrices = [
-        WeightMatrix(
-            linears[name].weight.detach(),
-            fisher.pop(name) if fisher is not None else None,
-            plan[name],
-            hessians.of(name) if hessians is not None and name in hessians.linears else None,
-            name,
+        _reached(
+            WeightMatrix(
+                linears[name].weight.detach(),
+                fisher.pop(name) if fisher is not None else None,
+                plan[name],
+                hessians.of(name) if hessians is not None and name in hessians.linears else None,
+                name,
+            )
         )
         for name in part
     ]
@@ -115,6 +127,21 @@ def _quantize(
         for name, tensors in found.items():
             run.save_layer(name, plan[name], tensors)
     return found
+
+
+def _reached(matrix: WeightMatrix) -> WeightMatrix:
+    """Without statistics if they are all zero: the data never came by this layer."""
+    idle = matrix.fisher is not None and not bool(matrix.fisher.any())
+    if matrix.hessian is not None:
+        idle = idle or not bool(matrix.hessian.diagonal(dim1=1, dim2=2).any())
+    if not idle:
+        return matrix
+    warnings.warn(
+        f"calibration did not reach {matrix.name}: all of its weights count the same",
+        stacklevel=2,
+    )
+    plain = replace(matrix.parameters, codebook="kmeans")
+    return matrix._replace(fisher=None, hessian=None, parameters=plain)
 
 
 def _swap_all(
@@ -152,11 +179,13 @@ def _finished(plan: Plan, run: WorkDir | None) -> dict[str, dict[str, Tensor]]:
 def _swap(
     model: nn.Module, name: str, linear: nn.Linear, tensors: dict[str, Tensor], bits: int
 ) -> SqueezeLLMLinear:
-    device = linear.weight.device
+    device, dtype = linear.weight.device, linear.weight.dtype
     tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
     if linear.bias is not None:
         tensors["bias"] = linear.bias.detach()
-    layer = SqueezeLLMLinear.from_tensors(tensors, bits=bits, in_features=linear.in_features)
+    layer = SqueezeLLMLinear.from_tensors(
+        tensors, bits=bits, in_features=linear.in_features, dtype=dtype
+    )
     layer.train(linear.training)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
