@@ -1,8 +1,8 @@
 """Which modules of a Transformers model stay as they are, if nobody says otherwise.
 
 1. The output head (unless ``quantize_lm_head``), and any other layer whose weight is tied.
-2. Task heads: what is outside of ``model.base_model`` (classifiers, the transform before BERT's
-   masked-LM head).
+2. Task heads: what is outside of ``model.base_model``, or of that of a part of the model
+   (classifiers, the transform before BERT's masked-LM head).
 3. Of models that do more than read text (their config has a text part), everything that does not
    belong to the text part: towers for images and sound, and the projectors between.
 4. What the model wants in fp32: always (``_keep_in_fp32_modules_strict``), or where it is fp16
@@ -13,7 +13,7 @@ A pattern with a "!" in ``modules_to_not_convert`` takes modules out of 2, 3 and
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,15 +39,20 @@ def modules_to_skip(model: Any, config: SqueezeLLMConfig) -> list[str]:
     given = list(config.modules_to_not_convert or [])
     excepted = [pattern.removeprefix(EXCEPT) for pattern in given if pattern.startswith(EXCEPT)]
     linears = [name for name, module in model.named_modules() if is_linear(module)]
+    parts, in_fp32 = _parts(model), _kept_in_fp32(model)
+
+    def is_skipped(name: str) -> bool:
+        around = [part for part in parts if _is_below(name, part.name)]
+        return (
+            _is_task_head(name, around)
+            or not _is_text(around)
+            or any(matches(pattern, name) for pattern in in_fp32)
+        )
+
     default = {
         name
         for name in linears
-        if not any(matches(pattern, name) for pattern in excepted)
-        and (
-            _is_task_head(model, name)
-            or not _is_text(model, name)
-            or any(matches(pattern, name) for pattern in _kept_in_fp32(model))
-        )
+        if not any(matches(pattern, name) for pattern in excepted) and is_skipped(name)
     }
     head = head_name(model)
     tied = {key.rpartition(".")[0] for pair in _tied(model).items() for key in pair}
@@ -80,30 +85,43 @@ def text_configs(model: Any) -> list[Any]:
     return [part for part in parts if part is not None and hasattr(part, "to_dict")]
 
 
-def _is_task_head(model: Any, name: str) -> bool:
-    base = model.base_model
-    if base is model:
-        return False
-    prefix = next(name for name, module in model.named_modules() if module is base)
-    return not f"{name}.".startswith(f"{prefix}.")
+def _is_task_head(name: str, parts: list["_Part"]) -> bool:
+    return any(not _is_below(name, part.base) for part in parts)
 
 
-def _is_text(model: Any, name: str) -> bool:
-    """Whether the innermost part of the model that has a config of its own is one for text."""
+def _is_text(parts: list["_Part"]) -> bool:
+    """Whether the innermost of the parts around a layer is one for text."""
+    configs = [config for part in parts for config in text_configs(part.model)]
+    if not configs:
+        return True
+    inner = parts[-1].model
+    # Not by identity: some models copy the config of a part.
+    return not text_configs(inner) and any(type(inner.config) is type(c) for c in configs)
+
+
+class _Part(NamedTuple):
+    """A part of a model with a config of its own: its name, and that of its base model."""
+
+    model: Any
+    name: str
+    base: str
+
+
+def _parts(model: Any) -> list[_Part]:
+    """The model itself, and those below it, from the outside to the inside."""
     # Later than this module: transformers is not yet complete when it meets us (autoload.py).
     from transformers import PreTrainedModel
 
-    enclosing, module = [model], model
-    for child in name.split(".")[:-1]:
-        module = getattr(module, child)
-        if isinstance(module, PreTrainedModel):
-            enclosing.append(module)
-    parts = [part for outer in enclosing for part in text_configs(outer)]
-    if not parts:
-        return True
-    inner = enclosing[-1]
-    # Not by identity: some models copy the config of a part.
-    return not text_configs(inner) and any(type(inner.config) is type(part) for part in parts)
+    names = {module: name for name, module in model.named_modules()}
+    return [
+        _Part(module, name, names.get(module.base_model, name))
+        for module, name in names.items()
+        if isinstance(module, PreTrainedModel)
+    ]
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    return not prefix or f"{name}.".startswith(f"{prefix}.")
 
 
 def _kept_in_fp32(model: Any) -> list[str]:
@@ -119,14 +137,19 @@ def _tied(model: Any) -> dict[str, str]:
 
 def _prefixes(names: Iterable[str], linears: list[str]) -> list[str]:
     """Patterns of layers, by the outermost modules that hold no other layers."""
-    chosen, found = set(names), set()
-    for name in chosen:
-        parts = name.split(".")
-        for depth in range(1, len(parts) + 1):
-            prefix = ".".join(parts[:depth])
-            if all(other in chosen for other in linears if f"{other}.".startswith(f"{prefix}.")):
-                # A pattern may stand anywhere in a name: this one must not fit others.
-                is_exact = all(n in chosen for n in linears if matches(prefix, n))
-                found.add(prefix if is_exact else rf"re:{re.escape(prefix)}(\.|$)")
-                break
-    return sorted(found)
+    chosen = set(names)
+    others = {prefix for name in linears if name not in chosen for prefix in _ancestry(name)}
+    found = {next(prefix for prefix in _ancestry(name) if prefix not in others) for name in chosen}
+    # A pattern may stand anywhere in a name: it must not fit others.
+    return sorted(
+        prefix
+        if all(name in chosen for name in linears if matches(prefix, name))
+        else rf"re:{re.escape(prefix)}(\.|$)"
+        for prefix in found
+    )
+
+
+def _ancestry(name: str) -> list[str]:
+    """Of "a.b.c" all of "a", "a.b", "a.b.c"."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]

@@ -130,18 +130,22 @@ def _quantize(
 
 
 def _reached(matrix: WeightMatrix) -> WeightMatrix:
-    """Without statistics if they are all zero: the data never came by this layer."""
-    idle = matrix.fisher is not None and not bool(matrix.fisher.any())
-    if matrix.hessian is not None:
-        idle = idle or not bool(matrix.hessian.diagonal(dim1=1, dim2=2).any())
-    if not idle:
-        return matrix
-    warnings.warn(
-        f"calibration did not reach {matrix.name}: all of its weights count the same",
-        stacklevel=2,
-    )
-    plain = replace(matrix.parameters, codebook="kmeans")
-    return matrix._replace(fisher=None, hessian=None, parameters=plain)
+    """Without statistics that are all zero, for the data never came by this layer.
+
+    A layer whose weight the model reads without calling it (Mamba's ``dt_proj``) has gradients, but
+    no inputs.
+    """
+    hessian = matrix.hessian
+    if hessian is not None and not bool(hessian.diagonal(dim1=1, dim2=2).any()):
+        plain = replace(matrix.parameters, codebook="kmeans")
+        matrix = matrix._replace(hessian=None, parameters=plain)
+    if matrix.fisher is not None and not bool(matrix.fisher.any()):
+        warnings.warn(
+            f"calibration did not reach {matrix.name}: all of its weights count the same",
+            stacklevel=2,
+        )
+        matrix = matrix._replace(fisher=None)
+    return matrix
 
 
 def _swap_all(

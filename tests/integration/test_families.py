@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,18 +87,16 @@ def run(family: Family, folder: Path) -> Result:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Result]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """All families, saved; and loaded in one process, for importing takes longer than that."""
     root = tmp_path_factory.mktemp("families")
-    found = {
-        family.name: run(family, root / str(number)) for number, family in enumerate(FAMILIES)
-    }
+    found = {family.name: run(family, root / str(number)) for number, family in enumerate(FAMILIES)}
     jobs = [(str(found[family.name].folder), family.auto) for family in FAMILIES]
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-c", LOADER, str(root / "jobs.json"), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    yield found
+    return found
 
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

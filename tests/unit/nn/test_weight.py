@@ -14,8 +14,7 @@ from squeezellm_hf.nn.weight import DequantizedWeight
 def layer() -> SqueezeLLMLinear:
     weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
     tensors = quantize_weight(weight, None, SqueezeLLMParameters(outlier_fraction=0.05))
-    made = SqueezeLLMLinear.from_tensors(tensors, bits=4, in_features=40, dtype=torch.float32)
-    return made
+    return SqueezeLLMLinear.from_tensors(tensors, bits=4, in_features=40, dtype=torch.float32)
 
 
 def test_looks_like_the_weight_of_a_linear_layer(layer: SqueezeLLMLinear) -> None:
@@ -79,7 +78,7 @@ def test_follows_the_dtype_of_the_model(layer: SqueezeLLMLinear) -> None:
     assert layer.to("cpu").weight.dtype == torch.bfloat16
     assert layer.half().weight.dtype == torch.float16
     assert layer.to(torch.float32).weight.dtype == torch.float32
-    tensors = {name: t for name, t in layer.state_dict().items()}
+    tensors = dict(layer.state_dict())
     with_bias = {**tensors, "bias": torch.zeros(12, dtype=torch.bfloat16)}
     for given, dtype in ((tensors, torch.float16), (with_bias, torch.bfloat16)):
         made = SqueezeLLMLinear.from_tensors(given, bits=4, in_features=40)
