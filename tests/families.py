@@ -75,6 +75,8 @@ class Family:
         fraction: at least so much of the parameters of the blocks is quantized.
         reason: why it is less than 0.95.
         kept: modules with linear layers that must not be quantized.
+        not_adapted: layers that get no LoRA adapter: PEFT refuses one, or the model reads the
+            layer's weight and never calls it.
         scale: what the weights are multiplied by, for the usual initialization is so small that
             rounding hardly shows.
         error: the output of the quantized model differs from that of the original by less,
@@ -92,6 +94,7 @@ class Family:
     fraction: float = 0.95
     reason: str = ""
     kept: tuple[str, ...] = ("lm_head",)
+    not_adapted: tuple[str, ...] = ()
     scale: float = 2.0
     error: float = 0.2
 
@@ -170,6 +173,7 @@ FAMILIES: list[Family] = [
         "MambaForCausalLM",
         "MambaConfig",
         {**TEXT, "state_size": 8},
+        not_adapted=("out_proj", "dt_proj"),
         fraction=0.9,
         scale=1.0,
         reason="state matrix and convolution, 1 % of a model of 130 million parameters",
@@ -186,8 +190,8 @@ FAMILIES: list[Family] = [
             "attn_layer_offset": 1,
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
         },
+        not_adapted=("dt_proj",),
     ),
     Family(
         "Falcon-H1",
@@ -202,6 +206,7 @@ FAMILIES: list[Family] = [
             "mamba_d_state": 8,
             "mamba_chunk_size": 8,
         },
+        not_adapted=("out_proj",),
     ),
     Family(
         "BERT",

@@ -21,6 +21,8 @@ class DequantizedWeight(Tensor):
     """
 
     _layer: Any
+    # Transformers would draw initial values for it after loading a model.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(cls, layer: Any, dtype: torch.dtype) -> "DequantizedWeight":

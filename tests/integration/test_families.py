@@ -140,3 +140,46 @@ def test_reloads_in_a_fresh_process(results: dict[str, Result], family: Family) 
     assert int(result.reloaded["layers"]) == len(result.quantized)
     # A matrix product may depend on where in memory its operands lie, by rounding.
     torch.testing.assert_close(result.reloaded["output"], result.output, rtol=1e-5, atol=1e-5)
+
+
+@families
+def test_compiles_without_graph_break(results: dict[str, Result], family: Family) -> None:
+    """Traced as a whole; what a compiler makes of the graph is tested on Llama."""
+    model = load(results[family.name], family)
+    cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        actual = next(iter(compiled(**family.inputs(), **cache).values()))
+    torch.testing.assert_close(actual, results[family.name].output, rtol=1e-4, atol=1e-4)
+
+
+@families
+def test_adapters_learn(results: dict[str, Result], family: Family) -> None:
+    peft = pytest.importorskip("peft")
+    result = results[family.name]
+    model = load(result, family)
+    settings = peft.LoraConfig(
+        r=2, target_modules="all-linear", exclude_modules=list(family.not_adapted) or None
+    )
+    adapted = peft.get_peft_model(model, settings)
+    outputs = adapted(**family.inputs())
+    floats = [t for t in outputs.values() if isinstance(t, Tensor) and t.is_floating_point()]
+    torch.testing.assert_close(floats[0], result.output, rtol=1e-4, atol=1e-4)
+    torch.stack([t.square().mean() for t in floats]).sum().backward()
+    expected = {
+        name
+        for name in result.quantized
+        if not any(f".{part}." in f".{name}." for part in family.not_adapted)
+    }
+    learning = {
+        name.removeprefix("base_model.model.").partition(".lora_B")[0]
+        for name, parameter in adapted.named_parameters()
+        if ".lora_B." in name and parameter.grad is not None and bool(parameter.grad.any())
+    }
+    assert expected
+    assert learning >= expected
+
+
+def load(result: Result, family: Family) -> Any:
+    return getattr(transformers, family.auto).from_pretrained(result.folder)
