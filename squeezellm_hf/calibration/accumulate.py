@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from squeezellm_hf.calibration.objectives import CausalLM, Objective, Sample, to_device
+
 # An fp16 gradient below 6e-8 is zero; the loss is scaled so that few are, as in fp16 training.
 FP16_LOSS_SCALE = 1024.0
 
@@ -44,9 +46,10 @@ AfterSequence = Callable[[int], None]
 
 def accumulate(
     model: Any,
-    sequences: Sequence[Tensor],
+    sequences: Sequence[Sample],
     statistics: Sequence[Statistic],
     *,
+    objective: Objective | None = None,
     after_sequence: AfterSequence | None = None,
 ) -> None:
     """Add the sequences that ``statistics`` still lack, in order, one at a time.
@@ -55,16 +58,17 @@ def accumulate(
     data), without gradients but those that a statistic asks for, and left as it was.
 
     Args:
-        model: a module, called as ``model(input_ids=, labels=, use_cache=False)``, whose result
-            has a ``.loss``, the mean token cross-entropy, as every causal language model of
-            Transformers has.
-        sequences: token ids, int64 [sequence_length] each.
+        model: a module that ``objective`` can call, as those of Transformers are.
+        sequences: token ids, int64 [sequence_length] each, or keyword arguments of the model.
         statistics: at least one.
+        objective: what is differentiated. Default: the mean token cross-entropy of a causal
+            language model, ``model(input_ids=, labels=, use_cache=False).loss``.
         after_sequence: called with the number of sequences done, after each.
 
     Raises:
         ValueError: if the model gives no loss, or a loss or a sum is not finite.
     """
+    objective = objective or CausalLM()
     half = any(
         linear.weight.dtype == torch.float16 for s in statistics for linear in s.linears.values()
     )
@@ -78,7 +82,12 @@ def accumulate(
         for index in range(min(s.sequences for s in statistics), len(sequences)):
             for statistic in statistics:
                 statistic.active = statistic.sequences <= index
-            _run(model, sequences[index].to(device), index, scale, backward)
+            with torch.set_grad_enabled(backward):
+                loss = objective(model, to_device(sequences[index], device), index)
+                check_loss(loss, index)
+                if backward and loss.requires_grad:
+                    (loss * scale).backward()
+            del loss
             for statistic in statistics:
                 statistic.sequences = max(statistic.sequences, index + 1)
             if after_sequence is not None:
@@ -87,25 +96,22 @@ def accumulate(
         statistic.check()
 
 
+def check_loss(loss: Tensor, index: int) -> None:
+    """Raise ValueError unless the loss of a sequence is finite."""
+    if not bool(loss.isfinite()):
+        raise ValueError(
+            f"calibration sequence {index} gives the loss {loss.item()}, "
+            "which must be a finite number"
+        )
+
+
 def input_device(model: Any) -> torch.device:
-    """Where a model wants its token ids."""
-    if hasattr(model, "get_input_embeddings"):
+    """Where a model wants its inputs."""
+    try:
         device: torch.device = model.get_input_embeddings().weight.device
-        return device
-    return next(model.parameters()).device
-
-
-def _run(model: Any, ids: Tensor, index: int, scale: float, backward: bool) -> None:
-    ids = ids.unsqueeze(0)
-    with torch.set_grad_enabled(backward):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        if loss is None or not bool(loss.isfinite()):
-            raise ValueError(
-                f"calibration sequence {index} gives the loss "
-                f"{None if loss is None else loss.item()}, which must be a finite number"
-            )
-        if backward:
-            (loss * scale).backward()
+    except (AttributeError, NotImplementedError):
+        return next(model.parameters()).device
+    return device
 
 
 @contextmanager

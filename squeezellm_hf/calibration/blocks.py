@@ -6,13 +6,16 @@ besides the hidden states (masks, position embeddings) is noted once: all sequen
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+
+from squeezellm_hf.calibration.accumulate import check_loss
+from squeezellm_hf.calibration.objectives import Objective
 
 HIDDEN = "hidden_states"
 
@@ -86,13 +89,13 @@ def tensors_of(block: nn.Module) -> list[Tensor]:
 
 
 class BlockRunner:
-    """Runs a causal language model in CPU memory on a device, block by block.
+    """Runs a model in CPU memory on a device, block by block.
 
     Args:
-        model: with all its weights in CPU memory; called as ``model(input_ids=, labels=,
-            use_cache=False)``.
+        model: with all its weights in CPU memory.
         blocks: those of :func:`find_blocks`.
         sequences: token ids, int64 [n, sequence_length].
+        objective: calls the model, and says what is differentiated.
         device: where everything is computed.
 
     Raises:
@@ -101,9 +104,15 @@ class BlockRunner:
     """
 
     def __init__(
-        self, model: Any, blocks: nn.ModuleList, sequences: Tensor, device: torch.device
+        self,
+        model: Any,
+        blocks: nn.ModuleList,
+        sequences: Tensor,
+        objective: Objective,
+        device: torch.device,
     ) -> None:
         self._model = model
+        self._objective = objective
         self.blocks = list(blocks)
         self._sequences = sequences
         self.device = device
@@ -133,11 +142,9 @@ class BlockRunner:
             raise _ReachedBlocks
 
         with torch.no_grad(), _replaced([self.blocks[0]], [stop]):
-            for ids in self._sequences:
-                try:
-                    self._model(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False)
-                except _ReachedBlocks:
-                    continue
+            for index in range(len(self._sequences)):
+                with suppress(_ReachedBlocks):
+                    self._loss(index)
         return found
 
     def forward(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -153,16 +160,11 @@ class BlockRunner:
             ValueError: if a loss is not finite.
         """
         gradients = []
-        for index, (ids, h) in enumerate(zip(self._sequences, hidden, strict=True)):
+        for index, h in enumerate(hidden):
             leaf = h.to(self.device).requires_grad_()
-            ids = ids.unsqueeze(0).to(self.device)
             with torch.enable_grad(), _replaced(self.blocks, self._skips(leaf)):
-                loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss
-                if loss is None or not bool(loss.isfinite()):
-                    raise ValueError(
-                        f"calibration sequence {index} gives the loss "
-                        f"{None if loss is None else loss.item()}, which must be a finite number"
-                    )
+                loss = self._loss(index)
+                check_loss(loss, index)
                 (loss * loss_scale).backward()
             assert leaf.grad is not None
             gradients.append(leaf.grad.cpu())
@@ -186,6 +188,9 @@ class BlockRunner:
         assert leaf.grad is not None
         return leaf.grad.cpu()
 
+    def _loss(self, index: int) -> Tensor:
+        return self._objective(self._model, self._sequences[index].to(self.device), index)
+
     def _skips(self, last: Tensor) -> list[Callable[..., Any]]:
         """Forward functions that do nothing, but for the last, which gives ``last``."""
 
@@ -203,7 +208,7 @@ class BlockRunner:
 
     def _note_calls(self) -> list[BlockCall]:
         """Run two sequences through the whole model and look at how its blocks are called."""
-        first, second = (self._traced(ids) for ids in (self._sequences[0], self._sequences[-1]))
+        first, second = (self._traced(index) for index in (0, len(self._sequences) - 1))
         for index, (a, b) in enumerate(zip(first, second, strict=True)):
             leaves, others = (
                 tree_flatten((a.args, a.kwargs))[0],
@@ -218,7 +223,7 @@ class BlockRunner:
                 )
         return first
 
-    def _traced(self, ids: Tensor) -> list[BlockCall]:
+    def _traced(self, index: int) -> list[BlockCall]:
         calls: list[BlockCall] = []
         state: dict[str, Any] = {"hidden": None}
         order = {id(block): index for index, block in enumerate(self.blocks)}
@@ -253,7 +258,7 @@ class BlockRunner:
                     block.register_forward_hook(after),
                 ):
                     cleanup.callback(handle.remove)
-            self._model(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False)
+            self._loss(index)
         if len(calls) != len(self.blocks):
             raise ValueError(
                 f"blockwise: {type(self._model).__name__} ran {len(calls)} of its "

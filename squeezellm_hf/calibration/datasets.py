@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squeezellm_hf.calibration import batches
 from squeezellm_hf.calibration.sources import FILE_SUFFIXES, documents
 
 Tokenizer = Callable[..., Any]
@@ -125,8 +126,8 @@ def describe(dataset: Dataset | None) -> str | None:
 
     Returns:
         The name of a built-in or Hub data set as it is; of a local file its name and a hash of
-        its bytes ("notes.txt sha256:..."); of strings or token ids their number and a hash. None
-        for None.
+        its bytes ("notes.txt sha256:..."); of strings, token ids or batches their number and a
+        hash. None for None.
     """
     if dataset is None:
         return None
@@ -140,6 +141,8 @@ def describe(dataset: Dataset | None) -> str | None:
         return path.name if is_local else os.fspath(dataset)
     if not isinstance(dataset, (Tensor, list, tuple)):
         return type(dataset).__name__
+    if not isinstance(dataset, Tensor) and batches.is_batches(dataset):
+        return f"{len(dataset)} batches sha256:{batches.digest(dataset).hex()[:16]}"
     kind, parts = ("texts", [str(text).encode() for text in dataset])
     if is_token_ids(dataset):
         kind, parts = "token ids", [row.numpy().tobytes() for row in _id_rows(dataset)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from squeezellm_hf.calibration.accumulate import input_device
+from squeezellm_hf.calibration.objectives import CausalLM, Objective, Sample, to_device
 
 # Columns of a block row of H: only blocks on and below the diagonal are computed.
 _BLOCK = 384
@@ -168,13 +169,19 @@ def sum_names(
 
 
 @torch.no_grad()
-def shared_inputs(model: Any, linears: Mapping[str, nn.Linear], sequence: Tensor) -> dict[str, str]:
+def shared_inputs(
+    model: Any,
+    linears: Mapping[str, nn.Linear],
+    sequence: Sample,
+    objective: Objective | None = None,
+) -> dict[str, str]:
     """Which layers have the same input, found by running the model once.
 
     Args:
         model: as for :func:`~squeezellm_hf.calibration.accumulate.accumulate`.
         linears: the layers by name.
-        sequence: token ids, int64 [n]; the first few are used.
+        sequence: token ids, int64 [n], of which the first few are used; or keyword arguments.
+        objective: as for :func:`~squeezellm_hf.calibration.accumulate.accumulate`.
 
     Returns:
         By name, the first layer that got the same tensor. Layers that were not called are left
@@ -193,7 +200,8 @@ def shared_inputs(model: Any, linears: Mapping[str, nn.Linear], sequence: Tensor
     was_training = model.training
     model.eval()
     try:
-        model(input_ids=sequence[:8].to(input_device(model)).unsqueeze(0), use_cache=False)
+        sample = sequence[:8] if isinstance(sequence, Tensor) else sequence
+        (objective or CausalLM())(model, to_device(sample, input_device(model)), 0)
     finally:
         model.train(was_training)
         for handle in hooks:

@@ -42,12 +42,23 @@ class Loading:
         check_name(name)
         return AutoConfig.from_pretrained(name, **self._hub)
 
-    def model(self, name: str, **options: Any) -> Any:
-        """Load a causal language model, in evaluation mode."""
-        from transformers import AutoModelForCausalLM
+    def model(self, name: str, *, any_kind: bool = False, **options: Any) -> Any:
+        """Load a model, in evaluation mode.
+
+        Args:
+            name: Hub id or folder.
+            any_kind: By the class that its config names, if that is one of Transformers';
+                otherwise as a causal language model.
+            options: Of `from_pretrained`.
+        """
+        import transformers
 
         check_name(name)
-        model = AutoModelForCausalLM.from_pretrained(
+        kind = transformers.AutoModelForCausalLM
+        if any_kind:
+            named = (getattr(self.config(name), "architectures", None) or [""])[0]
+            kind = getattr(transformers, named or "AutoModelForCausalLM", kind)
+        model = kind.from_pretrained(
             name, dtype=self.dtype, device_map=self.device_map, **self._hub, **options
         )
         return model.eval()

@@ -41,7 +41,7 @@ class Command:
     """Quantize a model."""
 
     model: Positional[str]
-    """Hub id or local folder of a causal language model that is not quantized."""
+    """Hub id or local folder of a model that is not quantized."""
     out: Positional[Path]
     """Folder to write to. It is changed only when everything is done."""
     overwrite: bool = False
@@ -69,7 +69,7 @@ class Command:
         if self.push_to_hub is not None:
             _make_repository(self.push_to_hub, self.loading.token, self.private)
         start = time.monotonic()
-        model = self.loading.model(self.model, quantization_config=config)
+        model = self.loading.model(self.model, any_kind=True, quantization_config=config)
         model.save_pretrained(self.out)
         tokenizer.save_pretrained(self.out)
         if self.push_to_hub is not None:

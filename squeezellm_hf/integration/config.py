@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from squeezellm_hf.calibration import datasets
+from squeezellm_hf.calibration import batches, datasets
 from squeezellm_hf.distillation.settings import DistillationSettings
 from squeezellm_hf.integration import autoload
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
@@ -89,15 +89,20 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             in_features^2 values in 32 bits each, for codebook "guided".
         lnq_rounds: How often tables and indices alternate, for codebooks "lnq" and "guided".
         lnq_sweeps: Sweeps over the columns in each round, for codebooks "lnq" and "guided".
-        modules_to_not_convert: More modules that stay as they are, beside the output head. A
+        modules_to_not_convert: More modules that stay as they are, beside the output head, task
+            heads, and what does not belong to the text part (vision towers, projectors). A
             pattern names whole components of a module's dotted name ("mlp", "layers.0"), or is a
-            regular expression after "re:", matched from the beginning of the name.
+            regular expression after "re:", matched from the beginning of the name. "!" before a
+            pattern takes modules out of these default skips: "!vision_tower".
+        quantize_lm_head: Quantize the output head, too. If it shares its weight with the input
+            embeddings, it gets one of its own; the embeddings stay as they are.
         overrides: Other options for some modules, by such patterns; the first that fits counts:
             {"re:.*down_proj": {"bits": 4}, "layers.0": {"skip": True}}.
         dataset: Calibration data: "builtin" (Python's help texts, no network), "wikitext2",
             "c4", a Hub data set ("id" or "id:config"), a local .txt, .jsonl or .parquet file, a
-            list of strings, or token ids [n, length]. None: no calibration, all weights count the
-            same.
+            list of strings, token ids [n, length], or a list of batches: mappings from argument
+            names of the model's forward to tensors, labels among them or not, all of which are
+            used. None: no calibration, all weights count the same.
         dataset_split: Split of the data set.
         text_column: Column that holds the text; found by itself where there is only one.
         n_samples: Number of calibration sequences (100 in the paper; 10 suffice in its ablation).
@@ -141,6 +146,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     lnq_rounds: int = 2
     lnq_sweeps: int = 4
     modules_to_not_convert: list[str] | None = None
+    quantize_lm_head: bool = False
     overrides: dict[str, dict[str, Any]] | None = None
     dataset: Any = "builtin"
     dataset_split: str = "train"
@@ -229,8 +235,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if value is not None and not isinstance(value, data):
                 raise ValueError(
-                    f"{name} must be a name, a path, a list of strings, token ids or None, "
-                    f"got {value!r}"
+                    f"{name} must be a name, a path, a list of strings, token ids, a list of "
+                    f"batches or None, got {value!r}"
                 )
         no_text = self.dataset is None and self.distill_dataset is None
         if self.distillation is not None and self.modules is None and no_text:
@@ -242,9 +248,17 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                 "blockwise=True: distillation needs the whole original on the device; "
                 "distill the quantized model afterwards, or leave distill_steps at 0"
             )
-        if not isinstance(self.dequantize, bool):
-            raise ValueError(f"dequantize must be true or false, got {self.dequantize!r}")
         check_backend(self.backend)
+        if batches.is_batches(self.dataset):
+            batches.check_batches(self.dataset)
+        for name in ("dequantize", "quantize_lm_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.quantize_lm_head and self.distill_steps:
+            raise ValueError(
+                "quantize_lm_head=True goes without distillation, which needs the original's "
+                f"output head; got distill_steps={self.distill_steps}"
+            )
         for name, optional in (("dataset_split", False), ("text_column", True)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
@@ -255,7 +269,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                     "modules_to_not_convert must be a list of patterns, "
                     f"got {self.modules_to_not_convert!r}"
                 )
-            plan.check_patterns("modules_to_not_convert", self.modules_to_not_convert)
+            plan.check_patterns(
+                "modules_to_not_convert",
+                [p[1:] if str(p)[:1] == "!" else p for p in self.modules_to_not_convert],
+            )
         if self.overrides is not None:
             plan.check_overrides(self.overrides, defaults)
         if self.modules is not None and not isinstance(self.modules, Mapping):

@@ -21,7 +21,7 @@ from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import other
-from torch import nn
+from torch import Tensor, nn
 
 from squeezellm_hf.integration import autoload
 from squeezellm_hf.integration.expand import peft as expand_peft
@@ -48,6 +48,12 @@ class SqueezeLLMLoraLinear(lora_layer.Linear):
         super().__init__(base_layer, adapter_name, **kwargs)
         # dequantize() gives [out_features, in_features], whatever layer was quantized.
         self.fan_in_fan_out = False
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the base layer, for models that read it; PEFT would show them packed indices."""
+        weight: Tensor = self.get_base_layer().weight
+        return weight
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features

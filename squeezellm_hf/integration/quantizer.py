@@ -15,6 +15,7 @@ from squeezellm_hf.integration import autoload, expand, saving
 from squeezellm_hf.integration.checkpoint import check_files
 from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
 from squeezellm_hf.integration.initialization import attach_weight, detach_weight
+from squeezellm_hf.integration.output_head import forget_ties
 from squeezellm_hf.integration.placement import place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
 from squeezellm_hf.nn import Experts, SqueezeLLMLinear
@@ -65,7 +66,6 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 self._run = prepare(model, self.quantization_config)
             return model
         records = self.quantization_config.records
-        dtype = kwargs.get("dtype") or torch.get_default_dtype()
         expand.expand(model, _prefixes(records).__contains__)
         for name, record in records.items():
             linear = _linear(model, name)
@@ -81,11 +81,12 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 nnz=record.nnz,
                 bias=linear.bias is not None,
                 table_dtype=TABLE_DTYPES[record.table_dtype],
-                dtype=linear.bias.dtype if linear.bias is not None else dtype,
+                dtype=linear.weight.dtype,
                 device="meta",
             )
             attach_weight(layer, (layer.out_features, layer.in_features))
             model.set_submodule(name, layer)
+        forget_ties(model, records)
         if kwargs.get("checkpoint_files"):
             check_files(kwargs["checkpoint_files"], records)
         return model

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.quantizers.base import HfQuantizer
 
-from squeezellm_hf.calibration import datasets
+from squeezellm_hf.calibration.objectives import CausalLM, Objective, Sample
 from squeezellm_hf.distillation.data import Sequences
 from squeezellm_hf.distillation.distill import (
     distill_layers,
@@ -16,10 +15,12 @@ from squeezellm_hf.distillation.distill import (
     work_directory,
 )
 from squeezellm_hf.integration import expand
+from squeezellm_hf.integration.calibration import calibration_samples, objective_for
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.distill import record, texts
+from squeezellm_hf.integration.output_head import untie_head
 from squeezellm_hf.integration.record import hub_id, record_layers
-from squeezellm_hf.integration.tokenizer import tokenizer_for
+from squeezellm_hf.integration.selection import modules_to_skip
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
 from squeezellm_hf.pipeline.blockwise import fits
@@ -33,14 +34,17 @@ class Run:
     Attributes:
         config: gets the record of the result.
         plan: parameters by module name.
-        sequences: token ids, int64 [n_samples, sequence_length], or None without calibration.
+        sequences: token ids, int64 [n_samples, sequence_length], or arguments of the model's
+            forward; None without calibration.
         texts: what to distill on, or None without distillation.
+        objective: what calibration differentiates.
     """
 
     config: SqueezeLLMConfig
     plan: Plan
-    sequences: Tensor | None
+    sequences: Tensor | list[Sample] | None
     texts: Sequences | None
+    objective: Objective
 
     def blockwise(self, model: Any, device: torch.device) -> bool:
         """Whether ``model``, in CPU memory, is to be quantized block by block on ``device``."""
@@ -59,6 +63,8 @@ class Run:
             progress: show progress bars.
             block_device: where to compute, one block at a time. Default: where the model is.
         """
+        if self.config.quantize_lm_head:
+            untie_head(model)
         expand.expand(model)
         try:
             if self.texts is None:
@@ -77,6 +83,7 @@ class Run:
             model,
             self.plan,
             self.sequences,
+            objective=self.objective,
             work_dir=self.config.work_dir,
             progress=progress,
             device=block_device,
@@ -114,34 +121,17 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         ValueError: if the model has nothing to quantize, or the data does not suffice, or there is
             none and a codebook needs it.
     """
-    skip = HfQuantizer.get_modules_to_not_convert(
-        model,
-        list(config.modules_to_not_convert or []),
-        getattr(model, "_keep_in_fp32_modules", None),
-        add_default_skips=True,
-    )
     expand.warn_of_unknown(model)
     with expand.structure(model):
-        skip = [*skip, *expand.routers(model)]
+        skip = [*modules_to_skip(model, config), *expand.routers(model)]
         plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
-    check_calibration(plan, config.dataset is not None)
     tokenizer = tokenizer if tokenizer is not None else config.tokenizer
-    sequences = _sequences(model, config, tokenizer)
-    return Run(config, plan, sequences, texts(model, config, tokenizer))
-
-
-def _sequences(model: Any, config: SqueezeLLMConfig, tokenizer: Any) -> Tensor | None:
-    if config.dataset is None:
-        return None
-    tokenizer = tokenizer_for(config.dataset, tokenizer, model)
-    sequences = datasets.token_batches(
-        config.dataset,
-        tokenizer,
-        n_samples=config.n_samples,
-        sequence_length=config.sequence_length,
-        seed=config.seed,
-        split=config.dataset_split,
-        text_column=config.text_column,
-        vocab_size=model.get_input_embeddings().num_embeddings,
-    )
-    return torch.as_tensor(sequences)
+    objective = objective_for(model, config, tokenizer)
+    if config.distillation is not None and not isinstance(objective, CausalLM):
+        raise ValueError(
+            f"distill_steps={config.distill_steps} needs a causal language model, "
+            f"got {type(model).__name__}"
+        )
+    samples = calibration_samples(model, config, tokenizer)
+    check_calibration(plan, samples is not None)
+    return Run(config, plan, samples, texts(model, config, tokenizer), objective)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from squeezellm_hf.formats import csr, packing
+from squeezellm_hf.nn.weight import DequantizedWeight
 from squeezellm_hf.ops import lut_dequantize, lut_linear
 
 SPARSE = ("crow_indices", "col_indices", "values")
@@ -29,7 +30,7 @@ class SqueezeLLMLinear(nn.Module):
         nnz: number of sparse values; 0 for none.
         bias: whether a bias is added.
         table_dtype: fp16, bf16 or fp32, of the tables and the sparse values.
-        dtype: of the bias.
+        dtype: of the bias, and of :attr:`weight`.
         device: of all tensors, ``"meta"`` for a skeleton to load into.
 
     Parameters (shapes, dtypes):
@@ -68,6 +69,7 @@ class SqueezeLLMLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
+        self.weight_dtype = dtype or torch.get_default_dtype()
         words = packing.packed_words(in_features, bits)
         column_dtype = csr.column_dtype(in_features)
 
@@ -87,9 +89,20 @@ class SqueezeLLMLinear(nn.Module):
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], *, bits: int, in_features: int
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        bits: int,
+        in_features: int,
+        dtype: torch.dtype | None = None,
     ) -> "SqueezeLLMLinear":
         """Wrap the tensors of a checkpoint (see the class) without copying them.
+
+        Args:
+            tensors: by name.
+            bits: width of a table index.
+            in_features: size of the last dimension of the input.
+            dtype: of :attr:`weight`; default: that of the bias, or of the tables.
 
         Raises:
             ValueError: naming the tensor, if one is missing or does not fit.
@@ -98,14 +111,15 @@ class SqueezeLLMLinear(nn.Module):
             if name not in tensors:
                 raise ValueError(f"{name} is missing from {sorted(tensors)}")
         table = tensors["lookup_table"]
-        values = tensors.get("values")
+        values, bias = tensors.get("values"), tensors.get("bias")
         layer = cls(
             in_features,
             tensors["qweight"].shape[0],
             bits,
             nnz=0 if values is None else values.numel(),
-            bias=tensors.get("bias") is not None,
+            bias=bias is not None,
             table_dtype=table.dtype,
+            dtype=dtype or (table if bias is None else bias).dtype,
             device="meta",
         )
         for name, tensor in tensors.items():
@@ -117,6 +131,16 @@ class SqueezeLLMLinear(nn.Module):
     def nnz(self) -> int:
         """Number of sparse values."""
         return 0 if self.values is None else self.values.numel()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out_features, in_features], for code that reads it; has no values of its own.
+
+        Every operation on its values dequantizes them anew.
+        """
+        if torch.compiler.is_compiling():
+            return self.dequantize(self.weight_dtype)  # the compiler drops it where it is not used
+        return DequantizedWeight(self, self.weight_dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -225,6 +249,8 @@ class SqueezeLLMLinear(nn.Module):
                 return changed
             return tensor.to(changed.device)
 
+        probe = self.lookup_table.new_empty(0, dtype=self.weight_dtype)
+        self.weight_dtype = fn(probe).dtype
         return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:

@@ -18,6 +18,9 @@ from squeezellm_hf.calibration.accumulate import FP16_LOSS_SCALE, Statistic, fro
 from squeezellm_hf.calibration.blocks import BlockRunner, find_blocks, on_device, tensors_of
 from squeezellm_hf.calibration.fisher import FisherDiagonal
 from squeezellm_hf.calibration.hessian import Hessians, shared_inputs
+from squeezellm_hf.calibration.objectives import Objective
+from squeezellm_hf.calibration.tokens import TokenCounts
+from squeezellm_hf.pipeline import siblings
 from squeezellm_hf.pipeline.passes import parts_of
 from squeezellm_hf.pipeline.plan import Plan
 
@@ -53,6 +56,7 @@ def quantize_blockwise(
     plan: Plan,
     linears: Mapping[str, nn.Linear],
     sequences: Tensor,
+    objective: Objective,
     device: torch.device,
     unfinished: set[str],
     quantize: Quantize,
@@ -62,11 +66,11 @@ def quantize_blockwise(
     """Take the statistics of all ``unfinished`` layers, and have them quantized on the way.
 
     Args:
-        model: a causal language model in CPU memory; as
-            :func:`~squeezellm_hf.calibration.accumulate.accumulate` calls it.
+        model: in CPU memory.
         plan: parameters by module name.
         linears: the planned layers by name.
         sequences: token ids, int64 [n_samples, sequence_length].
+        objective: what is differentiated.
         device: where everything is computed.
         unfinished: names of the layers that are to be quantized.
         quantize: called with layers of one shape, whose weights and statistics are on the device.
@@ -82,11 +86,15 @@ def quantize_blockwise(
     inside = [[n for n in plan if n.startswith(f"{path}.{i}.")] for i in range(len(blocks))]
     outside = [n for n in plan if not n.startswith(f"{path}.")]
 
+    counts: dict[str, Tensor] = {}
+
     def collect(names: list[str], run: Callable[[], Any]) -> Any:
-        """Run with the statistics of the unfinished ones of some layers, then quantize these."""
-        names = [name for name in names if name in unfinished]
-        fisher, hessians = _statistics(plan, linears, names, shared)
-        statistics: list[Statistic] = [fisher, *([hessians] if hessians is not None else [])]
+        """Run with the statistics of some layers, if any is unfinished; then quantize those."""
+        if unfinished.isdisjoint(names):
+            return run()
+        fisher, hessians, tokens = _statistics(plan, linears, names, shared)
+        statistics: list[Statistic] = [fisher, tokens]
+        statistics += [hessians] if hessians is not None else []
         hooks = [hook for statistic in statistics for hook in statistic.attach(scale)]
         try:
             result = run()
@@ -97,16 +105,21 @@ def quantize_blockwise(
                 linears[name].weight.requires_grad_(False)
         for statistic in statistics:
             statistic.check()
+        counts.update(tokens.sums)
+        siblings.complete(fisher.sums, tokens.sums)
+        if hessians is not None:
+            siblings.complete(hessians.sums, tokens.sums)
         for part in parts_of(names, plan, linears):
-            quantize(part, fisher.sums, hessians)
+            if not unfinished.isdisjoint(part):
+                quantize(part, fisher.sums, hessians)
         return result
 
     with frozen(model):
-        runner = BlockRunner(model, blocks, sequences, device)
+        runner = BlockRunner(model, blocks, sequences, objective, device)
         shared: dict[str, str] = {}
         if any(plan[name].hessian_groups == 0 for name in unfinished):
             with runner.whole_model():
-                shared = shared_inputs(model, linears, sequences[0])
+                shared = shared_inputs(model, linears, sequences[0], objective)
         with runner.outer_on_device():
             inputs = [runner.embed()]
         blocks_bar = {"unit": "block", "total": len(blocks), "disable": not progress}
@@ -124,13 +137,15 @@ def quantize_blockwise(
 
             with on_device(tensors_of(blocks[index]), device):
                 collect(inside[index], back)
+    siblings.warn(counts)
 
 
 def _statistics(
     plan: Plan, linears: Mapping[str, nn.Linear], names: list[str], shared: Mapping[str, str]
-) -> tuple[FisherDiagonal, Hessians | None]:
-    fisher = FisherDiagonal({name: linears[name] for name in names})
+) -> tuple[FisherDiagonal, Hessians | None, TokenCounts]:
+    own = {name: linears[name] for name in names}
+    fisher, tokens = FisherDiagonal(own), TokenCounts(own)
     groups = {n: g for n in names if (g := plan[n].hessian_groups) is not None}
     if not groups:
-        return fisher, None
-    return fisher, Hessians({name: linears[name] for name in groups}, groups, shared)
+        return fisher, None, tokens
+    return fisher, Hessians({name: own[name] for name in groups}, groups, shared), tokens

@@ -1,7 +1,7 @@
 """The statistics that a pass needs: from the model, from disk, or some of both."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from squeezellm_hf.calibration.accumulate import Statistic, accumulate
 from squeezellm_hf.calibration.fisher import FisherDiagonal
 from squeezellm_hf.calibration.hessian import Hessians, sum_names
+from squeezellm_hf.calibration.objectives import Objective, Sample
 from squeezellm_hf.calibration.tokens import TokenCounts
 from squeezellm_hf.pipeline import siblings
 from squeezellm_hf.pipeline.work_dir import WorkDir
@@ -26,23 +27,25 @@ class Calibration:
         model: not changed.
         linears: all layers of the plan by name. The Fisher sums are of all of them, also of the
             finished ones: those on disk serve other bits, too.
-        sequences: token ids, int64 [n_samples, sequence_length].
+        sequences: token ids, int64 [n_samples, sequence_length], or keyword arguments each.
         shared: see :class:`~squeezellm_hf.calibration.hessian.Hessians`.
         run: where sums are kept.
         progress: show progress bars.
         keep_hessians: keep them on disk, too, when they are complete, for other bits; if there is
             more than one pass, they would fill the disk.
+        objective: see :func:`~squeezellm_hf.calibration.accumulate.accumulate`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         linears: Mapping[str, nn.Linear],
-        sequences: Tensor,
+        sequences: Sequence[Sample] | Tensor,
         shared: Mapping[str, str],
         run: WorkDir | None,
         progress: bool,
         keep_hessians: bool,
+        objective: Objective | None = None,
     ) -> None:
         self._model = model
         self._linears = dict(linears)
@@ -51,6 +54,7 @@ class Calibration:
         self._run = run
         self._progress = progress
         self._keep_hessians = keep_hessians
+        self._objective = objective
         self._fisher: FisherDiagonal | None = None
         self._tokens: TokenCounts | None = None
 
@@ -88,6 +92,7 @@ class Calibration:
                     self._model,
                     self._sequences,
                     list(missing.values()),
+                    objective=self._objective,
                     after_sequence=after_sequence,
                 )
         if is_first:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
+from squeezellm_hf.pipeline.linears import is_linear
 
 Plan = dict[str, SqueezeLLMParameters]
 
@@ -80,7 +81,7 @@ def make_plan(
     skip: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
-    """Choose the parameters of every ``nn.Linear`` of ``model`` that is to be quantized.
+    """Choose the parameters of every linear layer of ``model`` that is to be quantized.
 
     Args:
         model: may lie on the meta device.
@@ -96,7 +97,7 @@ def make_plan(
         ValueError: if nothing is left to quantize, or an override fits no linear layer.
     """
     overrides = overrides or {}
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     for pattern in overrides:
         if not any(matches(pattern, name) for name in linears):
             raise ValueError(

@@ -1,7 +1,9 @@
 """Calibrate, quantize and swap the linear layers of a model, layer by layer."""
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from tqdm.auto import tqdm
 
 from squeezellm_hf.calibration.blocks import on_device
 from squeezellm_hf.calibration.hessian import Hessians, shared_inputs
+from squeezellm_hf.calibration.objectives import CausalLM, Objective, Sample
 from squeezellm_hf.methods.squeezellm import WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import passes
@@ -22,8 +25,9 @@ from squeezellm_hf.pipeline.work_dir import WorkDir, fingerprint
 def quantize_modules(
     model: nn.Module,
     plan: Plan,
-    sequences: Tensor | None,
+    sequences: Sequence[Sample] | Tensor | None,
     *,
+    objective: Objective | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     device: torch.device | None = None,
@@ -41,8 +45,10 @@ def quantize_modules(
     Args:
         model: on its devices; not on meta.
         plan: parameters by module name (:func:`squeezellm_hf.pipeline.make_plan`).
-        sequences: token ids, int64 [n_samples, sequence_length], or None to quantize without
-            calibration: every weight then counts the same.
+        sequences: token ids, int64 [n_samples, sequence_length]; or keyword arguments of the
+            model, a mapping each; or None to quantize without calibration: every weight then
+            counts the same.
+        objective: what is differentiated. Default: the loss of a causal language model.
         work_dir: where finished work is kept. A run that was killed goes on from there and ends
             in the identical result.
         progress: show progress bars.
@@ -63,17 +69,22 @@ def quantize_modules(
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in plan}
     _check_weights(model)
     check_calibration(plan, sequences is not None)
-    run = WorkDir(work_dir, fingerprint(model, sequences)) if work_dir is not None else None
+    run = (
+        WorkDir(work_dir, fingerprint(model, sequences, objective))
+        if work_dir is not None
+        else None
+    )
     done = _finished(plan, run)
     if device is not None:
-        return _quantize_blocks(model, plan, linears, sequences, device, done, run, progress)
+        loss = objective or CausalLM()
+        return _quantize_blocks(model, plan, linears, sequences, loss, device, done, run, progress)
     shared = {}
     if sequences is not None and any(p.hessian_groups == 0 for p in plan.values()):
-        shared = shared_inputs(model, linears, sequences[0])
+        shared = shared_inputs(model, linears, sequences[0], objective)
     budgets = hessian_budgets or passes.hessian_budgets(linears, model)
     todo = passes.make_passes(plan, linears, shared, budgets)
     calibration = (
-        Calibration(model, linears, sequences, shared, run, progress, len(todo) == 1)
+        Calibration(model, linears, sequences, shared, run, progress, len(todo) == 1, objective)
         if sequences is not None
         else None
     )
@@ -103,7 +114,8 @@ def _quantize_blocks(
     model: nn.Module,
     plan: Plan,
     linears: dict[str, Any],
-    sequences: Tensor | None,
+    sequences: Sequence[Sample] | Tensor | None,
+    objective: Objective,
     device: torch.device,
     done: dict[str, dict[str, Tensor]],
     run: WorkDir | None,
@@ -118,9 +130,15 @@ def _quantize_blocks(
 
     unfinished = {name for name in plan if name not in done}
     if sequences is not None and unfinished:
+        if not isinstance(sequences, Tensor):
+            raise ValueError(
+                "blockwise calibration takes text or token ids, sequences of one length; got a "
+                "list of batches; quantize it with blockwise=False"
+            )
         quantize_blockwise(
-            model, plan, linears, sequences, device, unfinished, quantize, progress=progress
-        )
+            model, plan, linears, sequences, objective, device, unfinished, quantize,
+            progress=progress,
+        )  # fmt: skip
     elif unfinished:
         for name in tqdm(sorted(unfinished), desc="Quantizing", unit="layer", disable=not progress):
             with on_device([linears[name].weight], device):
@@ -140,12 +158,14 @@ def _quantize(
 ) -> dict[str, dict[str, Tensor]]:
     """Quantize layers side by side, and keep them. Their part of the Fisher sums is dropped."""
     matrices = [
-        WeightMatrix(
-            linears[name].weight.detach(),
-            fisher.pop(name) if fisher is not None else None,
-            plan[name],
-            hessians.of(name) if hessians is not None and name in hessians.linears else None,
-            name,
+        _reached(
+            WeightMatrix(
+                linears[name].weight.detach(),
+                fisher.pop(name) if fisher is not None else None,
+                plan[name],
+                hessians.of(name) if hessians is not None and name in hessians.linears else None,
+                name,
+            )
         )
         for name in part
     ]
@@ -154,6 +174,25 @@ def _quantize(
         for name, tensors in found.items():
             run.save_layer(name, plan[name], tensors)
     return found
+
+
+def _reached(matrix: WeightMatrix) -> WeightMatrix:
+    """Without statistics that are all zero, for the data never came by this layer.
+
+    A layer whose weight the model reads without calling it (Mamba's ``dt_proj``) has gradients, but
+    no inputs.
+    """
+    hessian = matrix.hessian
+    if hessian is not None and not bool(hessian.diagonal(dim1=1, dim2=2).any()):
+        plain = replace(matrix.parameters, codebook="kmeans")
+        matrix = matrix._replace(hessian=None, parameters=plain)
+    if matrix.fisher is not None and not bool(matrix.fisher.any()):
+        warnings.warn(
+            f"calibration did not reach {matrix.name}: all of its weights count the same",
+            stacklevel=2,
+        )
+        matrix = matrix._replace(fisher=None)
+    return matrix
 
 
 def _swap_all(
@@ -191,11 +230,13 @@ def _finished(plan: Plan, run: WorkDir | None) -> dict[str, dict[str, Tensor]]:
 def _swap(
     model: nn.Module, name: str, linear: nn.Linear, tensors: dict[str, Tensor], bits: int
 ) -> SqueezeLLMLinear:
-    device = linear.weight.device
+    device, dtype = linear.weight.device, linear.weight.dtype
     tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
     if linear.bias is not None:
         tensors["bias"] = linear.bias.detach()
-    layer = SqueezeLLMLinear.from_tensors(tensors, bits=bits, in_features=linear.in_features)
+    layer = SqueezeLLMLinear.from_tensors(
+        tensors, bits=bits, in_features=linear.in_features, dtype=dtype
+    )
     layer.train(linear.training)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)

@@ -8,7 +8,7 @@ the bits alone finds the Fisher information ready, and Hessians that fit in memo
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from squeezellm_hf.calibration import batches
+from squeezellm_hf.calibration.objectives import CausalLM, Objective, Sample
+
 # Sums are written at most so often, and only where writing takes a small part of the time.
 SECONDS_BETWEEN_WRITES = 60.0
 WRITE_SHARE = 0.05
 SAMPLED_VALUES = 4096
 
 
-def fingerprint(model: nn.Module, sequences: Tensor | None) -> str:
-    """A hash of a sample of all weights of ``model`` and of all token ids."""
+def fingerprint(
+    model: nn.Module,
+    sequences: Sequence[Sample] | Tensor | None,
+    objective: Objective | None = None,
+) -> str:
+    """A hash of a sample of all weights of ``model``, of all its data, and of the objective."""
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)].float().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(sample.numpy().tobytes())
-    if sequences is not None:
+    if isinstance(sequences, Tensor):
         digest.update(sequences.cpu().contiguous().numpy().tobytes())
+    elif sequences is not None:
+        digest.update(batches.digest(sequences))
+    if objective is not None and objective != CausalLM():
+        digest.update(repr(objective).encode())
     return digest.hexdigest()
 
 

@@ -10,6 +10,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -78,6 +81,27 @@ def test_quantize_writes_a_checkpoint_with_tokenizer_and_record(quantized: Path)
     record = json.loads((quantized / "config.json").read_text())["quantization_config"]
     assert (record["bits"], record["n_samples"], record["seed"]) == (4, 2, 3)
     assert record["dataset"].startswith("text.txt sha256:")
+
+
+def test_quantize_loads_the_class_that_the_config_names(
+    original: Path, text: Path, tmp_path: Path
+) -> None:
+    config = BertConfig(
+        vocab_size=AutoTokenizer.from_pretrained(original).vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model, out = tmp_path / "bert", tmp_path / "out"
+    BertForMaskedLM(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(original).save_pretrained(model)
+    arguments = ["--dataset", str(text), "--quantize-lm-head", *FAST]
+    assert main(["quantize", str(model), str(out), *arguments]) == 0
+    again = BertForMaskedLM.from_pretrained(out)
+    found = {n for n, m in again.named_modules() if isinstance(m, SqueezeLLMLinear)}
+    assert len(found) == 2 * 6 + 1
+    assert "cls.predictions.decoder" in found
 
 
 def test_flags_reach_the_config(original: Path, text: Path, tmp_path: Path) -> None:
