@@ -24,19 +24,6 @@ __device__ __forceinline__ bool elect_lane() {
   return elected != 0;
 }
 
-// Sets the registers of each thread of a warpgroup, out of those of its block. Of compute capability 9.0
-// itself (sm_90a); elsewhere registers stay as they are.
-template <int kRegisters, bool kMore>
-__device__ __forceinline__ void set_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  if constexpr (kMore) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  }
-#endif
-}
-
 // For kernels launched to overlap the end of the previous one of their stream: lets the next one start
 // as blocks end; and waits until all that the previous one wrote is there.
 __device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
