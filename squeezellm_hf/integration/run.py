@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
 from squeezellm_hf.calibration import datasets
+from squeezellm_hf.calibration.held_out import held_out
 from squeezellm_hf.distillation.data import Sequences
 from squeezellm_hf.distillation.distill import (
     distill_layers,
@@ -21,7 +22,11 @@ from squeezellm_hf.integration.record import record_layers
 from squeezellm_hf.integration.tokenizer import tokenizer_for
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
-from squeezellm_hf.pipeline.plan import check_calibration
+from squeezellm_hf.pipeline.budget import BitAllocator
+from squeezellm_hf.pipeline.plan import check_calibration, overridden
+
+# Sequences on which a budget's predictions are checked.
+PROBE_SEQUENCES = 4
 
 
 @dataclass
@@ -33,12 +38,14 @@ class Run:
         plan: parameters by module name.
         sequences: token ids, int64 [n_samples, sequence_length], or None without calibration.
         texts: what to distill on, or None without distillation.
+        allocator: chooses the layers' bits, or None without a budget.
     """
 
     config: SqueezeLLMConfig
     plan: Plan
     sequences: Tensor | None
     texts: Sequences | None
+    allocator: BitAllocator | None = None
 
     def quantize(self, model: Any, progress: bool = True) -> None:
         """Quantize ``model`` in place and record in ``config`` what a reload needs."""
@@ -50,9 +57,17 @@ class Run:
 
     def _quantize(self, model: Any, progress: bool) -> dict[str, SqueezeLLMLinear]:
         work_dir = self.config.work_dir
-        return quantize_modules(
-            model, self.plan, self.sequences, work_dir=work_dir, progress=progress
+        layers = quantize_modules(
+            model,
+            self.plan,
+            self.sequences,
+            work_dir=work_dir,
+            progress=progress,
+            allocator=self.allocator,
         )
+        if self.allocator is not None and self.allocator.report is not None:
+            self.config.budget = self.allocator.report.as_dict()
+        return layers
 
     def _quantize_and_distill(
         self, model: Any, texts: Sequences, progress: bool
@@ -96,10 +111,34 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
     check_calibration(plan, config.dataset is not None)
     tokenizer = tokenizer if tokenizer is not None else config.tokenizer
     sequences = _sequences(model, config, tokenizer)
-    return Run(config, plan, sequences, texts(model, config, tokenizer))
+    return Run(
+        config,
+        plan,
+        sequences,
+        texts(model, config, tokenizer),
+        _allocator(model, config, tokenizer, plan, sequences),
+    )
 
 
-def _sequences(model: Any, config: SqueezeLLMConfig, tokenizer: Any) -> Tensor | None:
+def _allocator(
+    model: Any, config: SqueezeLLMConfig, tokenizer: Any, plan: Plan, sequences: Tensor | None
+) -> BitAllocator | None:
+    if (config.average_bits is None and config.target_kl is None) or sequences is None:
+        return None
+    # Other windows of the same part of the data, and of the calibration's own if there are none.
+    others = _sequences(model, config, tokenizer, seed=(config.seed + 1) % 2**63)
+    assert others is not None
+    probes = held_out(others, sequences, PROBE_SEQUENCES)
+    if not len(probes):
+        probes = sequences[:: -(-len(sequences) // PROBE_SEQUENCES)]
+    return BitAllocator(
+        config.average_bits, config.target_kl, probes, overridden(plan, config.overrides)
+    )
+
+
+def _sequences(
+    model: Any, config: SqueezeLLMConfig, tokenizer: Any, seed: int | None = None
+) -> Tensor | None:
     if config.dataset is None:
         return None
     tokenizer = tokenizer_for(config.dataset, tokenizer, model)
@@ -108,7 +147,7 @@ def _sequences(model: Any, config: SqueezeLLMConfig, tokenizer: Any) -> Tensor |
         tokenizer,
         n_samples=config.n_samples,
         sequence_length=config.sequence_length,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         split=config.dataset_split,
         text_column=config.text_column,
         vocab_size=model.get_input_embeddings().num_embeddings,

@@ -1,6 +1,6 @@
 """The multiple-choice knapsack: one choice for each layer, the best that a limit allows.
 
-    minimise  sum_l values[l][c_l]   over the choices c,   subject to  sum_l weights[l][c_l] <= limit
+    minimise  sum_l values[l][c_l]  over the choices c,  subject to  sum_l weights[l][c_l] <= limit
 
 For a bit budget, weights are bytes and values predicted divergences; for a target divergence, the
 other way round. Lagrange's relaxation gives a bound, and with it most choices can be ruled out;
@@ -10,6 +10,7 @@ D. Pisinger, "Knapsack Problems", 2004, chapter 11).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +112,7 @@ class _Layer:
             while len(hull) > 1 and self._slope(hull[-2], hull[-1]) <= self._slope(hull[-1], point):
                 hull.pop()
             hull.append(point)
-        return [(self._slope(a, b), a, b) for a, b in zip(hull, hull[1:], strict=False)]
+        return [(self._slope(a, b), a, b) for a, b in pairwise(hull)]
 
     def _slope(self, start: int, stop: int) -> float:
         saved = self.values[start] - self.values[stop]
@@ -154,8 +155,12 @@ def _search(
     priced = [layer.values + price * layer.weights for layer in layers]
     regrets = [p - p.min() for p in priced]
     allowed = [np.flatnonzero(regret <= slack) for regret in regrets]
-    lightest = _remaining([layer.weights[a].min() for layer, a in zip(layers, allowed, strict=True)])
-    heaviest = _remaining([layer.weights[a].max() for layer, a in zip(layers, allowed, strict=True)])
+    lightest = _remaining(
+        [layer.weights[a].min() for layer, a in zip(layers, allowed, strict=True)]
+    )
+    heaviest = _remaining(
+        [layer.weights[a].max() for layer, a in zip(layers, allowed, strict=True)]
+    )
     weight, regret, value = np.zeros(1), np.zeros(1), np.zeros(1)
     history: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     complete = True

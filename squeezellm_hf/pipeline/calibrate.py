@@ -48,6 +48,7 @@ class Calibration:
         self._progress = progress
         self._keep_hessians = keep_hessians
         self._fisher: FisherDiagonal | None = None
+        self._hessians: tuple[dict[str, int], Hessians] | None = None
 
     def take(
         self, groups: Mapping[str, int], title: str = "Calibrating"
@@ -62,6 +63,7 @@ class Calibration:
         """
         fisher = self._fisher = self._fisher or self._start_fisher()
         hessians = self._start_hessians(groups) if groups else None
+        self._hessians = None if hessians is None else (dict(groups), hessians)
         labels: dict[str, Statistic] = {FISHER: fisher}
         if hessians is not None:
             labels[hessian_label(groups)] = hessians
@@ -87,6 +89,7 @@ class Calibration:
 
     def drop(self, groups: Mapping[str, int]) -> None:
         """Forget the Hessians of finished layers, unless they are to be kept."""
+        self._hessians = None
         if self._run is not None and groups and not self._keep_hessians:
             self._run.drop_sums(hessian_label(groups))
 
@@ -96,6 +99,9 @@ class Calibration:
         return FisherDiagonal(self._linears, sums, count)
 
     def _start_hessians(self, groups: Mapping[str, int]) -> Hessians:
+        if self._hessians is not None and self._hessians[0] == dict(groups):
+            return self._hessians[1]
+        self._hessians = None  # frees them before there are others
         linears = {name: self._linears[name] for name in groups}
         names = sum_names(linears, groups, self._shared).values()
         devices = {name: linears[name].weight.device for name in names}

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from squeezellm_hf.calibration.hessian import Hessians, shared_inputs
 from squeezellm_hf.methods.squeezellm import WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import passes
+from squeezellm_hf.pipeline.budget import BitAllocator
 from squeezellm_hf.pipeline.calibrate import Calibration
 from squeezellm_hf.pipeline.plan import Plan, check_calibration
 from squeezellm_hf.pipeline.work_dir import WorkDir, fingerprint
@@ -25,6 +27,7 @@ def quantize_modules(
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     hessian_budgets: Mapping[torch.device, int] | None = None,
+    allocator: BitAllocator | None = None,
 ) -> dict[str, SqueezeLLMLinear]:
     """Replace the linear layers named in ``plan`` by quantized ones, in place.
 
@@ -46,6 +49,8 @@ def quantize_modules(
         hessian_budgets: bytes for Hessians on each device that holds planned layers. Default:
             :func:`squeezellm_hf.pipeline.passes.hessian_budgets`, half of what model and Fisher
             sums leave.
+        allocator: chooses bits and sparse part of the layers, after the first pass over the data,
+            which serves both; needs ``sequences``. Its ``report`` then says what came of it.
 
     Returns:
         The quantized layers by name.
@@ -58,7 +63,6 @@ def quantize_modules(
     _check_weights(model)
     check_calibration(plan, sequences is not None)
     run = WorkDir(work_dir, fingerprint(model, sequences)) if work_dir is not None else None
-    done = _finished(plan, run)
     shared = {}
     if sequences is not None and any(p.hessian_groups == 0 for p in plan.values()):
         shared = shared_inputs(model, linears, sequences[0])
@@ -69,6 +73,13 @@ def quantize_modules(
         if sequences is not None
         else None
     )
+    if allocator is not None:
+        if calibration is None or sequences is None:
+            raise ValueError("a bit budget needs calibration data, and there are no sequences")
+        take = partial(calibration.take, todo[0].groups)
+        plan = allocator.choose(model, plan, sequences, take, run=run, progress=progress)
+        todo = passes.make_passes(plan, linears, shared, budgets)
+    done = _finished(plan, run)
     layers: dict[str, SqueezeLLMLinear] = {}
     with tqdm(total=len(plan), desc="Quantizing", unit="layer", disable=not progress) as bar:
         for number, each in enumerate(todo):
@@ -88,6 +99,8 @@ def quantize_modules(
             if calibration is not None:
                 calibration.drop(each.groups)
         _swap_all(model, list(plan), plan, linears, done, layers)
+    if allocator is not None:
+        allocator.measure(model)
     return {name: layers[name] for name in plan}
 
 

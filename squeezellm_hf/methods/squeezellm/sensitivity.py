@@ -13,7 +13,7 @@ from squeezellm_hf.methods.squeezellm.kmeans import weighted_kmeans
 from squeezellm_hf.methods.squeezellm.quantize import check_arguments, kmeans_input
 
 # Larger matrices are judged by some of their rows: an error need only be known to some percent.
-_MOST_CELLS = 1 << 20
+_MOST_CELLS = 1 << 18
 
 
 @torch.no_grad()
