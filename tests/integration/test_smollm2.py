@@ -14,7 +14,7 @@ from squeezellm_hf import SqueezeLLMConfig, SqueezeLLMLinear
 from squeezellm_hf.calibration.datasets import token_stream
 
 PROMPT = "The capital of France is"
-CONFIG = {"bits": 4, "n_samples": 4, "sequence_length": 256}
+CONFIG = {"preset": "fast", "bits": 4, "n_samples": 4, "sequence_length": 256}
 
 
 @pytest.fixture(scope="module")

@@ -169,8 +169,8 @@ def test_probes_are_of_the_more_sensitive_half() -> None:
     errors = {name: [float(i + 1)] * 15 for i, name in enumerate(options)}
     first, *others = probe_cases(errors, options)
     assert first[0] == "l00"
-    assert [name for name, _ in others][0] == "l10"
-    assert [name for name, _ in others][-1] == "l19"
+    assert others[0][0] == "l10"
+    assert others[-1][0] == "l19"
     assert len({name for name, _ in others}) == len(others) == 8
     assert {(each.bits, each.outlier_fraction) for _, each in others} == {(3, 0.01)}
 
