@@ -20,6 +20,9 @@ class ReferenceLogits:
         model: the original, called as ``model(input_ids=, use_cache=False)``, whose result has
             ``.logits``.
         sequences: token ids, int64 [n, sequence_length].
+
+    Raises:
+        ValueError: if the model gives no logits [1, sequence_length, vocab_size].
     """
 
     def __init__(self, model: Any, sequences: Tensor) -> None:
@@ -45,7 +48,13 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        logits: Tensor = model(input_ids=ids[None].to(input_device(model)), use_cache=False).logits
+        output = model(input_ids=ids[None].to(input_device(model)), use_cache=False)
     finally:
         model.train(was_training)
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None or logits.dim() != 3:
+        raise ValueError(
+            f"{type(model).__name__} gives no logits of every token, so that its divergence from "
+            "the original cannot be measured"
+        )
     return logits[0]

@@ -188,6 +188,11 @@ def test_divergence_is_that_of_the_evaluation(token_ids: Tensor) -> None:
     assert reference.divergence(changed) == pytest.approx(meter.result().kl_mean, rel=1e-4)
 
 
+def test_a_model_without_logits_is_named(token_ids: Tensor) -> None:
+    with pytest.raises(ValueError, match="LlamaModel gives no logits of every token"):
+        ReferenceLogits(tiny_llama().model, token_ids[:1])
+
+
 def test_held_out_sequences_share_no_text() -> None:
     stream = torch.randperm(4000)
     sequences = stream[:1024].view(16, 64)
