@@ -66,6 +66,26 @@ def test_layers_differ_and_the_sensitive_ones_get_more(token_ids: Tensor) -> Non
     assert layers["model.layers.0.mlp.down_proj"].bits == 2
 
 
+def test_several_passes_choose_the_same(token_ids: Tensor) -> None:
+    def run(hessian_bytes: int) -> dict[str, Tensor]:
+        model = tiny_llama()
+        guided = replace(PARAMETERS, codebook="guided", guided_groups=2)
+        plan = make_plan(model, guided, skip=["lm_head"])
+        quantize_modules(
+            model,
+            plan,
+            token_ids,
+            progress=False,
+            hessian_budgets={torch.device("cpu"): hessian_bytes},
+            allocator=BitAllocator(4.8, None, token_ids[:2]),
+        )
+        return model.state_dict()
+
+    whole, cut = run(1 << 30), run(200_000)
+    assert whole.keys() == cut.keys()
+    assert all(whole[name].equal(cut[name]) for name in whole)
+
+
 def test_target_kl(token_ids: Tensor) -> None:
     tight, loose = (quantized(token_ids, target_kl=kl) for kl in (0.05, 0.2))
     for (_, allocator), target in ((tight, 0.05), (loose, 0.2)):
