@@ -148,7 +148,7 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
                 n_samples=len(data["calibration"]),
                 sequence_length=data["calibration"].shape[1],
                 work_dir=str(work_dir),
-                **{**sparse, **given},
+                **{"preset": "fast", **sparse, **given},
             )
             start = time.monotonic()
             quantized[label] = quantize_model(load(), None, config)

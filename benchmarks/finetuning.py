@@ -83,6 +83,7 @@ def measure(options: Any, name: str, work_dir: Path) -> tuple[list[dict[str, Any
     quantized = work_dir / f"{Path(name).name}-{options.bits}bit"
     if not quantized.is_dir():
         config = SqueezeLLMConfig(
+            preset="fast",
             bits=options.bits,
             dataset=split("train"),
             n_samples=options.n_samples,

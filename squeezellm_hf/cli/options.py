@@ -11,8 +11,12 @@ import tyro
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 
 _ON_LOADING_ONLY = ("dequantize", "backend")
-# Types of what a command line can say of a field that takes objects, too.
-_AS_TEXT: dict[str, Any] = {
+# Types of what a command line can say of a field that takes objects, too, or that is not given.
+_TYPES: dict[str, Any] = {
+    "codebook": str | None,
+    "distill_steps": int | None,
+    "distill_norms": bool | None,
+    "distill_values": bool | None,
     "dataset": str | None,
     "distill_dataset": str | None,
     "tokenizer": str | None,
@@ -22,7 +26,7 @@ _AS_TEXT: dict[str, Any] = {
 
 def _flags() -> type:
     fields = [
-        (field.name, _AS_TEXT.get(field.name, field.type), dataclasses.field(default=field.default))
+        (field.name, _TYPES.get(field.name, field.type), dataclasses.field(default=field.default))
         for field in dataclasses.fields(SqueezeLLMConfig)
         if field.init and field.name not in _ON_LOADING_ONLY
     ]

@@ -12,8 +12,13 @@ from tyro.conf import Positional
 
 from squeezellm_hf.cli.loading import Loading
 from squeezellm_hf.cli.options import Flags, config_from
+from squeezellm_hf.evaluation.allocation import (
+    ALLOCATION_COLUMNS,
+    allocation_rows,
+    allocation_summary,
+)
 from squeezellm_hf.evaluation.footprint import model_footprint
-from squeezellm_hf.evaluation.report import console
+from squeezellm_hf.evaluation.report import console, print_table
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 
 DESCRIPTION = """Quantize a model and save it as an ordinary checkpoint.
@@ -22,18 +27,22 @@ DESCRIPTION = """Quantize a model and save it as an ordinary checkpoint.
   squeezellm quantize MODEL OUT --bits 3 --dataset wikitext2 --device-map cuda
   squeezellm quantize MODEL OUT --dataset texts.jsonl --text-column body --n-samples 32
   squeezellm quantize MODEL OUT --overrides '{"re:.*down_proj": {"bits": 4}}' --bits 3
-  squeezellm quantize MODEL OUT --bits 3 --distill-steps 300 --dataset c4 --device-map cuda
+  squeezellm quantize MODEL OUT --bits 3 --preset best --dataset c4 --device-map cuda
+  squeezellm quantize MODEL OUT --average-bits 3.3
   squeezellm quantize MODEL OUT --resume --push-to-hub you/model-4bit
 
 What it costs. Time: a forward and a backward pass of each calibration
 sequence, then k-means of every weight. Memory: the model, 4 bytes more for
-every weight that is quantized, and the activations of one sequence. Fewer
---n-samples or a shorter --sequence-length save time, and cost little quality
-down to about 10 samples.
+every weight that is quantized, and the activations of one sequence. With the
+preset "balanced", which is the default, Hessians come on top: about three
+times the time; --preset fast leaves them out, --preset best distills as well.
+Fewer --n-samples or a shorter --sequence-length save time, and cost little
+quality down to about 10 samples.
 
 What it gives. The size is about bits + 16 x 2^bits / in_features + 32 x
 (outlier_fraction + sensitive_fraction) bits a weight; `squeezellm inspect
-OUT` counts it exactly."""
+OUT` counts it exactly. --average-bits chooses bits and sparse part of each
+layer for a given size, --target-kl for a given nearness to the original."""
 
 
 @dataclass
@@ -101,6 +110,10 @@ class Command:
             f"({100 * size.sparse_fraction:.2f} % of them sparse), the whole model "
             f"{size.n_bytes / 1e6:,.1f} MB, in {seconds:.0f} s"
         )
+        budget = model.config.quantization_config.budget
+        if budget is not None:
+            print_table(allocation_rows(size), ALLOCATION_COLUMNS, "Bits, by kind of layer")
+            out.print(allocation_summary(budget))
         distilled = model.config.quantization_config.distilled
         if distilled is not None:
             out.print(

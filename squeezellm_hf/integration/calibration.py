@@ -60,9 +60,15 @@ def objective_for(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -
 
 
 def calibration_samples(
-    model: Any, config: SqueezeLLMConfig, tokenizer: Any = None
+    model: Any, config: SqueezeLLMConfig, tokenizer: Any = None, *, seed: int | None = None
 ) -> Tensor | list[Sample] | None:
     """The calibration data: token ids int64 [n_samples, sequence_length], or batches, or None.
+
+    Args:
+        model: a ``PreTrainedModel``, may be on meta.
+        config: says which data, and how much of it.
+        tokenizer: for texts. Default: the config's, or the model's own.
+        seed: chooses the sequences, in place of the config's.
 
     Raises:
         ValueError: if the data does not suffice, or is text and the model does not read text. (Of
@@ -91,7 +97,7 @@ def calibration_samples(
         tokenizer_for(dataset, tokenizer, model),
         n_samples=config.n_samples,
         sequence_length=config.sequence_length,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         split=config.dataset_split,
         text_column=config.text_column,
         vocab_size=model.get_input_embeddings().num_embeddings,

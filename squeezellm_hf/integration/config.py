@@ -12,10 +12,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from squeezellm_hf.calibration import batches, datasets
 from squeezellm_hf.distillation.settings import DistillationSettings
-from squeezellm_hf.integration import autoload
+from squeezellm_hf.integration import autoload, presets
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
 from squeezellm_hf.nn.backend import check_backend
-from squeezellm_hf.pipeline import plan
+from squeezellm_hf.pipeline import budget, plan
 
 QUANT_METHOD = "squeezellm"
 SCHEMA_VERSION = 1
@@ -75,7 +75,19 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     are largest. Embeddings, norms and the output head stay as they are.
 
     Args:
-        bits: Width of an index, 1 to 8; 4 loses little, 3 and 2 more.
+        bits: Width of an index, 1 to 8; 4 loses little, 3 and 2 more. With average_bits or
+            target_kl, the most that a layer may get.
+        preset: "fast": k-means; "balanced": guided codebooks, several times the time and clearly
+            nearer to the original; "best": guided codebooks and 300 steps of distillation (minutes
+            on a GPU, hours on a CPU). Sets what is not given of codebook, distill_steps,
+            distill_norms and distill_values, nothing else. Default: "balanced"; with dataset=None,
+            which the others cannot do without, "fast".
+        average_bits: Choose bits (from 2 up to "bits") and sparse part (0 to 4 times the fractions
+            below) of each layer, so that all quantized layers together take at most so many bits a
+            weight, tables and sparse part counted, and the predicted divergence from the original
+            is least.
+        target_kl: Choose them so that the layers are as small as a predicted divergence of the
+            model from the original, in nats a token, of at most this allows. Before distillation.
         outlier_fraction: Part of each weight matrix that is kept at 16 bits for its magnitude
             (section 4.2; the paper's 0.45 % together with the next). Costs 32 bits a value.
         sensitive_fraction: Part that is kept at 16 bits for its sensitivity (0.05 % in the
@@ -84,7 +96,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         codebook: How tables and indices are chosen: "kmeans", the paper's sensitivity-weighted
             k-means; "lnq", which from there searches for the least change of each layer's
             outputs; "guided" (GuidedQuant), the same with outputs weighted by squared gradients
-            of the loss. The last is the most accurate; both take several times as long.
+            of the loss. The last is the most accurate; both take several times as long. Default:
+            the preset's.
         guided_groups: Groups of output channels of a layer that get a Hessian of their own, of
             in_features^2 values in 32 bits each, for codebook "guided".
         lnq_rounds: How often tables and indices alternate, for codebooks "lnq" and "guided".
@@ -110,6 +123,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         seed: Chooses the sequences.
         distill_steps: Updates of the tables on KL(original || quantized) after quantization; 0:
             none. 300 take minutes on a GPU, and hours on a CPU for all but the smallest models.
+            Default: the preset's.
         distill_lr: Its peak learning rate, relative to the size of a layer's table entries.
             Default: 1e-3 for 4 bits and more, 1.5e-3 for 3, 2.5e-3 for fewer.
         distill_dataset: Its text, as for "dataset" (of the same split and column). Default: the
@@ -118,8 +132,8 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         distill_micro_batch_size: Sequences that pass through the model together; fewer need less
             memory. Default: all of an update.
         distill_sequence_length: Tokens a sequence.
-        distill_norms: Train the weights of the norms, too.
-        distill_values: Train the weights of the sparse part, too.
+        distill_norms: Train the weights of the norms, too. Default: the preset's.
+        distill_values: Train the weights of the sparse part, too. Default: the preset's.
         distill_indices: Train the indices, too: 16 bytes more a weight while it lasts.
         tokenizer: Tokenizer, or the name of one. Default: the one that lies with the model.
         work_dir: Directory that keeps finished work, so that a killed run goes on where it was.
@@ -138,10 +152,13 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
 
     quant_method: str = field(default=QUANT_METHOD, init=False)
     bits: int = 4
+    preset: str | None = None
+    average_bits: float | None = None
+    target_kl: float | None = None
     outlier_fraction: float = 0.004
     sensitive_fraction: float = 0.0005
     solver: str = "lloyd"
-    codebook: str = "kmeans"
+    codebook: str = None  # type: ignore[assignment]  # never None once the preset has set it
     guided_groups: int = 4
     lnq_rounds: int = 2
     lnq_sweeps: int = 4
@@ -154,14 +171,14 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     n_samples: int = 100
     sequence_length: int = 512
     seed: int = 0
-    distill_steps: int = 0
+    distill_steps: int = None  # type: ignore[assignment]  # likewise
     distill_lr: float | None = None
     distill_dataset: Any = None
     distill_batch_size: int = 8
     distill_micro_batch_size: int | None = None
     distill_sequence_length: int = 512
-    distill_norms: bool = False
-    distill_values: bool = False
+    distill_norms: bool = None  # type: ignore[assignment]  # likewise
+    distill_values: bool = None  # type: ignore[assignment]  # likewise
     distill_indices: bool = False
     tokenizer: Any = None
     work_dir: str | None = None
@@ -172,6 +189,7 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     modules: dict[str, dict[str, Any]] | None = field(default=None, init=False)
     versions: dict[str, str] | None = field(default=None, init=False)
     distilled: dict[str, float] | None = field(default=None, init=False)
+    budget: dict[str, float | None] | None = field(default=None, init=False)
     converted_from: str | None = field(default=None, init=False)
     base_model: str | None = field(default=None, init=False)
 
@@ -180,6 +198,9 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
         for item in dataclasses.fields(self):
             if not item.init:
                 setattr(self, item.name, item.default)
+        given = {name: getattr(self, name) for name in presets.PRESETS[presets.DEFAULT]}
+        for name, value in presets.preset_values(self.preset, given, self.dataset).items():
+            setattr(self, name, value)
         self.check()
 
     @property
@@ -225,6 +246,10 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
     def check(self) -> None:
         """Raise ValueError naming the field, its value and what is allowed."""
         defaults = self.parameters
+        budget.check_limits(self.average_bits, self.target_kl)
+        for name in ("average_bits", "target_kl"):
+            if getattr(self, name) is not None and self.dataset is None and self.modules is None:
+                raise ValueError(f"{name} needs calibration data and there is none (dataset=None)")
         for name in ("n_samples", "sequence_length"):
             _check_integer(name, getattr(self, name), low=1)
         _check_integer("seed", self.seed, low=0)
@@ -248,6 +273,12 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                 "blockwise=True: distillation needs the whole original on the device; "
                 "distill the quantized model afterwards, or leave distill_steps at 0"
             )
+        for name in ("average_bits", "target_kl"):
+            if self.blockwise and getattr(self, name) is not None:
+                raise ValueError(
+                    f"blockwise=True goes without {name}, which measures the whole model; "
+                    f"got {name}={getattr(self, name)!r}"
+                )
         check_backend(self.backend)
         if batches.is_batches(self.dataset):
             batches.check_batches(self.dataset)
@@ -294,6 +325,12 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                 f"distilled must be an object of numbers ({', '.join(sorted(keys))}), "
                 f"got {distilled!r}"
             )
+        report = self.budget
+        if report is not None and not (
+            isinstance(report, Mapping)
+            and all(v is None or isinstance(v, int | float) for v in report.values())
+        ):
+            raise ValueError(f"budget must be an object of numbers, got {report!r}")
         for name in ("converted_from", "base_model"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -326,13 +363,17 @@ class SqueezeLLMConfig(QuantizationConfigMixin):
                 f"quantization_config has the unknown field {unknown[0]!r}; "
                 f"known are {', '.join(sorted(fields))}"
             )
-        config = cls(**{name: v for name, v in given.items() if fields[name].init})
+        if given.get("modules") is not None:
+            # A checkpoint from before there were presets: what it does not say was not done.
+            given = {**presets.PRESETS["fast"], **given}
+        used = {name: value for name, value in kwargs.items() if name in fields}
+        config = cls(**{n: v for n, v in {**given, **used}.items() if fields[n].init})
         for name, value in given.items():
             if not fields[name].init:
                 setattr(config, name, value)
-        used = {name: value for name, value in kwargs.items() if name in fields}
         for name, value in used.items():
-            setattr(config, name, value)
+            if not fields[name].init:
+                setattr(config, name, value)
         config.check()
         unused = {name: value for name, value in kwargs.items() if name not in used}
         return (config, unused) if return_unused_kwargs else config

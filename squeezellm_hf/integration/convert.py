@@ -182,6 +182,7 @@ def _record(model: Any, file: LegacyFile, names: list[str]) -> None:
     layers = {name: model.get_submodule(name) for name in names}
     weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     config = SqueezeLLMConfig(
+        preset="fast",
         bits=max(layer.bits for layer in layers.values()),
         outlier_fraction=min(0.499, sum(layer.nnz for layer in layers.values()) / weights),
         sensitive_fraction=0.0,

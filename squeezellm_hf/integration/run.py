@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squeezellm_hf.calibration.held_out import held_out
 from squeezellm_hf.calibration.objectives import CausalLM, Objective, Sample
 from squeezellm_hf.distillation.data import Sequences
 from squeezellm_hf.distillation.distill import (
@@ -24,7 +25,11 @@ from squeezellm_hf.integration.selection import modules_to_skip
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import Plan, make_plan, quantize_modules
 from squeezellm_hf.pipeline.blockwise import fits
-from squeezellm_hf.pipeline.plan import check_calibration
+from squeezellm_hf.pipeline.budget import BitAllocator
+from squeezellm_hf.pipeline.plan import check_calibration, overridden
+
+# Sequences on which a budget's predictions are checked.
+PROBE_SEQUENCES = 4
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Run:
             forward; None without calibration.
         texts: what to distill on, or None without distillation.
         objective: what calibration differentiates.
+        allocator: chooses the layers' bits, or None without a budget.
     """
 
     config: SqueezeLLMConfig
@@ -45,13 +51,16 @@ class Run:
     sequences: Tensor | list[Sample] | None
     texts: Sequences | None
     objective: Objective
+    allocator: BitAllocator | None = None
 
     def blockwise(self, model: Any, device: torch.device) -> bool:
         """Whether ``model``, in CPU memory, is to be quantized block by block on ``device``."""
         if self.config.blockwise is not None:
             return self.config.blockwise
+        if self.texts is not None or self.allocator is not None:
+            return False
         with expand.structure(model):
-            return self.texts is None and not fits(model, self.plan, device)
+            return not fits(model, self.plan, device)
 
     def quantize(
         self, model: Any, progress: bool = True, *, block_device: torch.device | None = None
@@ -79,7 +88,7 @@ class Run:
     def _quantize(
         self, model: Any, progress: bool, block_device: torch.device | None = None
     ) -> dict[str, SqueezeLLMLinear]:
-        return quantize_modules(
+        layers = quantize_modules(
             model,
             self.plan,
             self.sequences,
@@ -87,7 +96,11 @@ class Run:
             work_dir=self.config.work_dir,
             progress=progress,
             device=block_device,
+            allocator=self.allocator,
         )
+        if self.allocator is not None and self.allocator.report is not None:
+            self.config.budget = self.allocator.report.as_dict()
+        return layers
 
     def _quantize_and_distill(
         self, model: Any, texts: Sequences, progress: bool
@@ -127,11 +140,45 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
     tokenizer = tokenizer if tokenizer is not None else config.tokenizer
     objective = objective_for(model, config, tokenizer)
-    if config.distillation is not None and not isinstance(objective, CausalLM):
-        raise ValueError(
-            f"distill_steps={config.distill_steps} needs a causal language model, "
-            f"got {type(model).__name__}"
-        )
+    for name, value in (
+        ("distill_steps", config.distill_steps or None),
+        ("average_bits", config.average_bits),
+        ("target_kl", config.target_kl),
+    ):
+        if value is not None and not isinstance(objective, CausalLM):
+            raise ValueError(
+                f"{name}={value} needs a causal language model, got {type(model).__name__}"
+            )
     samples = calibration_samples(model, config, tokenizer)
     check_calibration(plan, samples is not None)
-    return Run(config, plan, samples, texts(model, config, tokenizer), objective)
+    return Run(
+        config,
+        plan,
+        samples,
+        texts(model, config, tokenizer),
+        objective,
+        _allocator(model, config, tokenizer, plan, samples),
+    )
+
+
+def _allocator(
+    model: Any,
+    config: SqueezeLLMConfig,
+    tokenizer: Any,
+    plan: Plan,
+    samples: Tensor | list[Sample] | None,
+) -> BitAllocator | None:
+    if (config.average_bits is None and config.target_kl is None) or samples is None:
+        return None
+    name = "target_kl" if config.average_bits is None else "average_bits"
+    if not isinstance(samples, Tensor):
+        raise ValueError(f"{name} takes text or token ids as dataset, got a list of batches")
+    # Other windows of the same part of the data, and of the calibration's own if there are none.
+    others = calibration_samples(model, config, tokenizer, seed=(config.seed + 1) % 2**63)
+    assert isinstance(others, Tensor)
+    probes = held_out(others, samples, PROBE_SEQUENCES)
+    if not len(probes):
+        probes = samples[:: -(-len(samples) // PROBE_SEQUENCES)]
+    return BitAllocator(
+        config.average_bits, config.target_kl, probes, overridden(plan, config.overrides)
+    )

@@ -57,6 +57,7 @@ class Calibration:
         self._objective = objective
         self._fisher: FisherDiagonal | None = None
         self._tokens: TokenCounts | None = None
+        self._hessians: tuple[dict[str, int], Hessians] | None = None
 
     def take(
         self, groups: Mapping[str, int], title: str = "Calibrating"
@@ -72,7 +73,10 @@ class Calibration:
         is_first = self._fisher is None
         fisher = self._fisher = self._fisher or self._start_fisher()
         tokens = self._tokens = self._tokens or self._start_tokens()
+        last = self._hessians
         hessians = self._start_hessians(groups) if groups else None
+        is_new = hessians is not None and (last is None or last[1] is not hessians)
+        self._hessians = None if hessians is None else (dict(groups), hessians)
         labels: dict[str, Statistic] = {FISHER: fisher, TOKENS: tokens}
         if hessians is not None:
             labels[hessian_label(groups)] = hessians
@@ -98,12 +102,13 @@ class Calibration:
         if is_first:
             siblings.warn(tokens.sums)
             siblings.complete(fisher.sums, tokens.sums)
-        if hessians is not None:
+        if hessians is not None and is_new:
             siblings.complete(hessians.sums, tokens.sums)
         return fisher.sums, hessians
 
     def drop(self, groups: Mapping[str, int]) -> None:
         """Forget the Hessians of finished layers, unless they are to be kept."""
+        self._hessians = None
         if self._run is not None and groups and not self._keep_hessians:
             self._run.drop_sums(hessian_label(groups))
 
@@ -118,6 +123,9 @@ class Calibration:
         return TokenCounts(self._linears, sums, count)
 
     def _start_hessians(self, groups: Mapping[str, int]) -> Hessians:
+        if self._hessians is not None and self._hessians[0] == dict(groups):
+            return self._hessians[1]
+        self._hessians = None  # frees them before there are others
         linears = {name: self._linears[name] for name in groups}
         names = sum_names(linears, groups, self._shared).values()
         devices = {name: linears[name].weight.device for name in names}

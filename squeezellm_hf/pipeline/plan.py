@@ -121,6 +121,17 @@ def make_plan(
     return plan
 
 
+def overridden(plan: Plan, overrides: Mapping[str, Any] | None) -> dict[str, frozenset[str]]:
+    """By name, the options of each layer of a plan that an override sets."""
+    return {
+        name: next(
+            (frozenset(o) for pattern, o in (overrides or {}).items() if matches(pattern, name)),
+            frozenset(),
+        )
+        for name in plan
+    }
+
+
 def check_calibration(plan: Plan, has_data: bool) -> None:
     """Raise ValueError, naming the layer, if a codebook needs Hessians and there is no data."""
     for name, parameters in plan.items():

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from squeezellm_hf.methods.squeezellm import WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.pipeline import passes
 from squeezellm_hf.pipeline.blockwise import quantize_blockwise
+from squeezellm_hf.pipeline.budget import BitAllocator
 from squeezellm_hf.pipeline.calibrate import Calibration
 from squeezellm_hf.pipeline.plan import Plan, check_calibration
 from squeezellm_hf.pipeline.work_dir import WorkDir, fingerprint
@@ -32,6 +34,7 @@ def quantize_modules(
     progress: bool = True,
     device: torch.device | None = None,
     hessian_budgets: Mapping[torch.device, int] | None = None,
+    allocator: BitAllocator | None = None,
 ) -> dict[str, SqueezeLLMLinear]:
     """Replace the linear layers named in ``plan`` by quantized ones, in place.
 
@@ -58,6 +61,8 @@ def quantize_modules(
         hessian_budgets: bytes for Hessians on each device that holds planned layers. Default:
             :func:`squeezellm_hf.pipeline.passes.hessian_budgets`, half of what model and Fisher
             sums leave.
+        allocator: chooses bits and sparse part of the layers, after the first pass over the data,
+            which serves both; needs ``sequences``. Its ``report`` then says what came of it.
 
     Returns:
         The quantized layers by name.
@@ -74,9 +79,9 @@ def quantize_modules(
         if work_dir is not None
         else None
     )
-    done = _finished(plan, run)
     if device is not None:
         loss = objective or CausalLM()
+        done = _finished(plan, run)
         return _quantize_blocks(model, plan, linears, sequences, loss, device, done, run, progress)
     shared = {}
     if sequences is not None and any(p.hessian_groups == 0 for p in plan.values()):
@@ -88,6 +93,13 @@ def quantize_modules(
         if sequences is not None
         else None
     )
+    if allocator is not None:
+        if calibration is None or not isinstance(sequences, Tensor):
+            raise ValueError("a bit budget needs calibration data: token ids of one length")
+        take = partial(calibration.take, todo[0].groups)
+        plan = allocator.choose(model, plan, sequences, take, run=run, progress=progress)
+        todo = passes.make_passes(plan, linears, shared, budgets)
+    done = _finished(plan, run)
     layers: dict[str, SqueezeLLMLinear] = {}
     with tqdm(total=len(plan), desc="Quantizing", unit="layer", disable=not progress) as bar:
         for number, each in enumerate(todo):
@@ -107,6 +119,8 @@ def quantize_modules(
             if calibration is not None:
                 calibration.drop(each.groups)
         _swap_all(model, list(plan), plan, linears, done, layers)
+    if allocator is not None:
+        allocator.measure(model)
     return {name: layers[name] for name in plan}
 
 

@@ -66,9 +66,9 @@ class WorkDir:
     def _sums_path(self, label: str) -> Path:
         return self.path / f"{label}-{self.run[:16]}.safetensors"
 
-    def _layer_path(self, name: str, parameters: Any) -> Path:
+    def _layer_path(self, name: str, parameters: Any, kind: str) -> Path:
         key = hashlib.sha256(f"{self.run} {name} {parameters}".encode()).hexdigest()[:16]
-        return self.path / f"layer-{name}-{key}.safetensors"
+        return self.path / f"{kind}-{name}-{key}.safetensors"
 
     def load_sums(
         self, label: str, devices: Mapping[str, torch.device]
@@ -106,9 +106,17 @@ class WorkDir:
         """Delete sums that nothing needs any more."""
         self._sums_path(label).unlink(missing_ok=True)
 
-    def load_layer(self, name: str, parameters: Any) -> dict[str, Tensor] | None:
-        """The quantized tensors of a layer, or None if it is not finished."""
-        path = self._layer_path(name, parameters)
+    def load_layer(
+        self, name: str, parameters: Any, kind: str = "layer"
+    ) -> dict[str, Tensor] | None:
+        """The quantized tensors of a layer, or None if it is not finished.
+
+        Args:
+            name: of the layer.
+            parameters: all that the tensors depend on, beside model and data, with a fixed repr.
+            kind: other than "layer": of other tensors that were found out about it.
+        """
+        path = self._layer_path(name, parameters, kind)
         if not path.exists():
             return None
         try:
@@ -117,9 +125,11 @@ class WorkDir:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged; delete it to redo this layer: {error}") from error
 
-    def save_layer(self, name: str, parameters: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Write the quantized tensors of a finished layer."""
-        self._write(self._layer_path(name, parameters), tensors, None)
+    def save_layer(
+        self, name: str, parameters: Any, tensors: Mapping[str, Tensor], kind: str = "layer"
+    ) -> None:
+        """Write what :meth:`load_layer` is to find."""
+        self._write(self._layer_path(name, parameters, kind), tensors, None)
 
     def _write(
         self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None

@@ -11,7 +11,7 @@ from examples.smollm2 import build
 from squeezellm_hf import SqueezeLLMConfig
 
 PROMPT = "The capital of France is"
-CONFIG = {"bits": 4, "n_samples": 4, "sequence_length": 256}
+CONFIG = {"preset": "fast", "bits": 4, "n_samples": 4, "sequence_length": 256}
 
 
 @dataclass

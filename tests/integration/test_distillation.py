@@ -172,7 +172,7 @@ def test_sigkill_at_any_moment(checkpoint: Path, tmp_path: Path) -> None:
         ({"distill_micro_batch_size": 0}, "distill_micro_batch_size must be"),
         ({"distill_sequence_length": 1}, "distill_sequence_length must be"),
         ({"distill_norms": "yes"}, "distill_norms must be true or false, got 'yes'"),
-        ({"distill_values": None}, "distill_values must be true or false, got None"),
+        ({"distill_values": 1}, "distill_values must be true or false, got 1"),
         ({"distill_dataset": 5}, "distill_dataset must be a name"),
         (
             {"dataset": None, "distill_dataset": None},

@@ -23,7 +23,7 @@ from squeezellm_hf.nn import SqueezeLLMLinear
 
 TEXT = "\n\n".join(f"The {word} of line {i}." for i in range(40) for word in ("start", "end"))
 WINDOWS = ("--sequence-length", "32")
-FAST = ("--n-samples", "2", "--sequence-length", "16", "--seed", "3")
+FAST = ("--preset", "fast", "--n-samples", "2", "--sequence-length", "16", "--seed", "3")
 
 
 @pytest.fixture(scope="module")
@@ -401,3 +401,34 @@ def test_distillation(
     assert record["distill_dataset"].startswith("text.txt sha256:")
     assert record["distilled"]["divergence_after"] <= record["distilled"]["divergence_before"]
     assert len(layers(tmp_path / "out")) == 14
+
+
+def test_a_bit_budget_is_shown_and_recorded(
+    original: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["quantize", str(original), str(out), "--dataset", str(text), *FAST]
+    assert main([*command, "--average-bits", "6.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "Bits, by kind of layer" in shown
+    assert "down_proj" in shown
+    assert "nats a token" in shown
+    record = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (record["preset"], record["average_bits"]) == ("fast", 6.5)
+    assert 6.0 < record["budget"]["bits_per_weight"] <= 6.5
+    assert {r["bits"] for r in record["modules"].values()} <= {2, 3, 4}
+
+
+def test_help_and_errors_of_presets_and_budgets(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for flag in ("--preset", "--average-bits", "--target-kl", "--distill-norms"):
+        assert flag in shown
+    command = ["quantize", str(original), str(tmp_path / "out")]
+    assert main([*command, "--preset", "fastest"]) == 1
+    assert "preset must be one of fast, balanced, best" in capsys.readouterr().err
+    assert main([*command, "--average-bits", "3", "--target-kl", "0.1"]) == 1
+    assert "exclude each other" in capsys.readouterr().err

@@ -7,12 +7,16 @@ from squeezellm_hf.methods.squeezellm.quantize import (
     quantize_weight,
     quantize_weights,
 )
+from squeezellm_hf.methods.squeezellm.sensitivity import fisher_errors
+from squeezellm_hf.methods.squeezellm.size import stored_bytes
 
 __all__ = [
     "SqueezeLLMParameters",
     "WeightMatrix",
+    "fisher_errors",
     "quadratic_error",
     "quantize_weight",
     "quantize_weights",
+    "stored_bytes",
     "weighted_squared_error",
 ]

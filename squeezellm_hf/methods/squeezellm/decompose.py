@@ -32,10 +32,10 @@ def sparse_mask(weight: Tensor, fisher: Tensor | None, parameters: SqueezeLLMPar
     cells = weight.numel()
     if fisher is not None:
         flat_fisher = fisher.reshape(-1)
-        count = _count(parameters.sensitive_fraction, cells)
+        count, _ = sparse_counts(cells, parameters)
         _mark_largest(lambda start, stop: flat_fisher[start:stop].float(), count, mask)
     flat_weight = weight.reshape(-1)
-    count = _count(parameters.outlier_fraction, cells)
+    _, count = sparse_counts(cells, parameters)
     sensitive = mask.clone()
     _mark_largest(
         lambda start, stop: (
@@ -47,8 +47,11 @@ def sparse_mask(weight: Tensor, fisher: Tensor | None, parameters: SqueezeLLMPar
     return mask.view(weight.shape)
 
 
-def _count(fraction: float, cells: int) -> int:
-    return int(fraction * cells + 0.5)
+def sparse_counts(cells: int, parameters: SqueezeLLMParameters) -> tuple[int, int]:
+    """How many sensitive values and how many outliers a matrix of so many cells may have."""
+    fractions = parameters.sensitive_fraction, parameters.outlier_fraction
+    sensitive, outliers = (int(fraction * cells + 0.5) for fraction in fractions)
+    return sensitive, outliers
 
 
 def _mark_largest(score: Callable[[int, int], Tensor], count: int, mask: Tensor) -> None:

@@ -1,0 +1,142 @@
+"""The true divergence of a model with one layer quantized, for some layers."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from squeezellm_hf.calibration.divergence import ReferenceLogits
+from squeezellm_hf.calibration.hessian import Hessians
+from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters, WeightMatrix, quantize_weights
+from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.pipeline.work_dir import WorkDir
+
+# Layers that are measured.
+PROBES = 8
+
+Probe = tuple[str, SqueezeLLMParameters]
+Statistics = Callable[[], tuple[dict[str, Tensor], Hessians | None]]
+
+
+def measure_probes(
+    model: nn.Module,
+    linears: Mapping[str, Any],
+    probes: list[Probe],
+    reference: ReferenceLogits,
+    statistics: Statistics,
+    run: WorkDir | None,
+    *,
+    progress: bool = True,
+) -> list[float]:
+    """The model's divergence with one layer quantized, for each probe.
+
+    Args:
+        model: the original; left as it was.
+        linears: its layers by name.
+        probes: see :func:`probe_cases`.
+        reference: the original's predictions.
+        statistics: gives Fisher sums and Hessians. Codebooks that need a Hessian which there is
+            not give way to k-means.
+        run: keeps what was measured.
+        progress: show a progress bar.
+    """
+    data = hashlib.sha256(reference.sequences.numpy().tobytes()).hexdigest()
+    measured = []
+    for name, parameters in tqdm(probes, desc="Probing", unit="layer", disable=not progress):
+        key = parameters, data
+        kept = run.load_layer(name, key, "divergence") if run else None
+        if kept is None:
+            fisher, hessians = statistics()
+            hessian = None
+            if hessians is not None and name in hessians.linears:
+                hessian = hessians.of(name)
+            else:
+                parameters = replace(parameters, codebook="kmeans")
+            with _Quantized(linears[name], fisher[name], hessian, parameters):
+                kl = reference.divergence(model)
+            kept = {"divergence": torch.tensor(kl, dtype=torch.float64)}
+            if run is not None:
+                run.save_layer(name, key, kept, "divergence")
+        measured.append(float(kept["divergence"]))
+    return measured
+
+
+class _Quantized:
+    """While it lasts, the weight of a layer is what quantization would make of it."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        fisher: Tensor,
+        hessian: Tensor | None,
+        parameters: SqueezeLLMParameters,
+    ) -> None:
+        self._linear, self._weight = linear, linear.weight.data
+        (tensors,) = quantize_weights([WeightMatrix(self._weight, fisher, parameters, hessian)])
+        layer = SqueezeLLMLinear.from_tensors(
+            tensors, bits=parameters.bits, in_features=self._weight.shape[1]
+        )
+        self._changed = layer.dequantize(self._weight.dtype)
+
+    def __enter__(self) -> None:
+        self._linear.weight.data = self._changed
+
+    def __exit__(self, *error: object) -> None:
+        self._linear.weight.data = self._weight
+
+
+def probe_cases(
+    errors: Mapping[str, list[float]],
+    options: Mapping[str, list[SqueezeLLMParameters]],
+    count: int = PROBES,
+) -> list[Probe]:
+    """What to measure: first what matters least, then layers of the more sensitive half.
+
+    Those at equal distances in rank, with the middle width and the middle sparse part.
+    """
+    ranked = sorted(errors, key=lambda name: (max(errors[name]), name))
+    least = ranked[0]
+    cases = [(least, options[least][errors[least].index(min(errors[least]))])]
+    half = ranked[len(ranked) // 2 :]
+    for place in torch.linspace(0, len(half) - 1, min(count, len(half))).round().long().tolist():
+        each = options[half[place]]
+        widths = sorted({candidate.bits for candidate in each})
+        middle = [candidate for candidate in each if candidate.bits == widths[len(widths) // 2]]
+        cases.append((half[place], middle[len(middle) // 2]))
+    return cases
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What the probes tell: see :class:`~squeezellm_hf.pipeline.budget.BudgetReport`."""
+
+    scale: float
+    correlation: float | None
+    count: int
+
+
+def calibrate(predicted: list[float], measured: list[float]) -> Calibrated:
+    """Compare predictions with measurements.
+
+    Args:
+        predicted: divergences of the probes, s = 1.
+        measured: the same, measured. The first is taken to be rounding alone: it is subtracted
+            from the others, and those that it makes up most of do not count.
+    """
+    rounding = measured[0]
+    pairs = [
+        (math.log(p), math.log(m - rounding))
+        for p, m in zip(predicted[1:], measured[1:], strict=True)
+        if p > 0 and m > 2 * rounding
+    ]
+    if not pairs:
+        return Calibrated(1.0, None, 0)
+    logs = torch.tensor(pairs, dtype=torch.float64)
+    scale = math.exp(float((logs[:, 1] - logs[:, 0]).mean()))
+    correlation = float(torch.corrcoef(logs.t())[0, 1]) if len(pairs) > 2 else math.nan
+    return Calibrated(scale, correlation if math.isfinite(correlation) else None, len(pairs))
