@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 _STDERR = "_stderr"
@@ -52,12 +53,11 @@ def evaluate_tasks(
     check_installed()
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     for name, number in (("limit", limit), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} is not >= 1")
-    manager = TaskManager(include_path=None if task_folder is None else os.fspath(task_folder))
+    manager = _task_manager(None if task_folder is None else os.fspath(task_folder))
     for task in tasks:
         if not manager.match_tasks([task]):
             raise ValueError(
@@ -84,6 +84,14 @@ def evaluate_tasks(
             found.get("n-samples", {}).get(task, {}).get("effective"),
         )
     ]
+
+
+@cache
+def _task_manager(folder: str | None) -> Any:
+    """Index thousands of YAML files, which takes seconds, only once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
 
 
 def _rows(

@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from squeezellm_hf.cli import main
 
 SHORT = ("--n-samples", "3", "--n-windows", "2", "--sequence-length", "16")
-
 FORMATS = ("json", "markdown", "plot")
 
 
