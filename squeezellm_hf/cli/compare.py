@@ -38,7 +38,7 @@ A case is METHOD or METHOD:OPTION=VALUE,...:
   rtn         round to nearest in groups: bits, group_size
   gptq        GPTQ, our own fp32 implementation: bits, group_size, act_order, static_groups
   nf4         4-bit NormalFloat of bitsandbytes: block_size, double_quant
-  hqq         half-quadratic quantization of the package hqq: bits, group_size
+  hqq         half-quadratic quantization of the package hqq: bits, group_size, axis
 What is not installed is left out, and said.
 
 All quantize the same layers; those that use data are calibrated on the same.
@@ -76,7 +76,7 @@ class Command:
     """Split of a Hub or built-in data set."""
     text_column: str | None = None
     """Column that holds the text, in both."""
-    n_samples: int = 128
+    n_samples: int = 100
     """Calibration sequences."""
     n_windows: int = 24
     """Sequences of the text to predict."""

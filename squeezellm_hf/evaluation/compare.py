@@ -50,20 +50,23 @@ def compare(
         progress: Show progress bars.
 
     Yields:
-        First the original's row, then one a case: "case", "method", "bits_per_weight",
-        "perplexity", "ratio" to the original's, "kl_mean", "kl_99", "top1_agreement", "n_tokens"
-        and "seconds" of quantization.
+        First the original's row, then one a case: "case", "method", "bits_per_weight", "bytes" of
+        the whole model, "perplexity", "ratio" to the original's, "kl_mean", "kl_99",
+        "top1_agreement", "n_tokens" and "seconds" of quantization.
     """
     original = load().eval()
     layers = layer_names(original)
-    n_weights = sum(original.get_submodule(name).weight.numel() for name in layers)
+    weights = [original.get_submodule(name).weight for name in layers]
+    n_weights = sum(weight.numel() for weight in weights)
+    n_bytes = original.get_memory_footprint()
+    others = n_bytes - sum(weight.numel() * weight.element_size() for weight in weights)
     run = f"{fingerprint(original, calibration)} {text.numpy().tobytes().hex()}"
     start = evaluate(original, text, progress=progress).perplexity
-    bits = 8 * original.get_submodule(layers[0]).weight.element_size()
     yield {
         "case": ORIGINAL,
         "method": ORIGINAL,
-        "bits_per_weight": float(bits),
+        "bits_per_weight": 8 * (n_bytes - others) / n_weights,
+        "bytes": n_bytes,
         **asdict(start),
         "ratio": 1.0,
     }
@@ -81,6 +84,7 @@ def compare(
             "case": case.text,
             "method": case.method,
             "bits_per_weight": n_bits / n_weights,
+            "bytes": others + n_bits // 8,
             **asdict(result.perplexity),
             "ratio": result.perplexity.perplexity / start.perplexity,
             **(asdict(result.divergence) if result.divergence else {}),

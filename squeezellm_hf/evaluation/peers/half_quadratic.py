@@ -22,12 +22,14 @@ class HQQ(Peer):
     Attributes:
         bits: Width of an index.
         group_size: Weights that share a scale and a zero point.
+        axis: 1 for groups along the inputs, which fast kernels want; 0 along the outputs.
     """
 
     package: ClassVar[str | None] = "hqq"
 
     bits: int = 4
     group_size: int = 64
+    axis: int = 1
 
     def quantize(
         self, model: Any, names: Sequence[str], sequences: Tensor, *, progress: bool = False
@@ -43,7 +45,7 @@ class HQQ(Peer):
         half = weight.dtype if weight.dtype != torch.float32 else torch.float16
         layer = HQQLinear(
             linear,
-            BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=1),
+            BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=self.axis),
             compute_dtype=half,
             device=str(weight.device),
         )

@@ -83,6 +83,7 @@ def test_rows() -> None:
     model = quantize_model(load(), None, config, progress=False)
     assert ours["perplexity"] == pytest.approx(perplexity(model, TEXT).perplexity)
     assert ours["bits_per_weight"] == pytest.approx(model_footprint(model).bits_per_weight)
+    assert ours["bytes"] == model_footprint(model).n_bytes
     assert ours["ratio"] == ours["perplexity"] / original["perplexity"]
     assert rtn["bits_per_weight"] == 2 + (16 + 2) / 16
     assert rtn["kl_99"] > rtn["kl_mean"] > 0

@@ -205,9 +205,10 @@ def test_bits_of_nf4(double_quant: bool, bits: float) -> None:
 )
 def test_bits_of_hqq(bits: int, group_size: int, packed: float) -> None:
     pytest.importorskip("hqq")
-    found, error = bits_of(HQQ(bits, group_size))
-    assert found == pytest.approx(packed + 32 / group_size, rel=1e-3)
-    assert error < {4: 0.15, 3: 0.3, 2: 0.7}[bits]
+    for axis in (0, 1):
+        found, error = bits_of(HQQ(bits, group_size, axis))
+        assert found == pytest.approx(packed + 32 / group_size, rel=1e-2)
+        assert error < {4: 0.15, 3: 0.3, 2: 0.7}[bits]
 
 
 def test_bits_of_rounding() -> None:
