@@ -201,14 +201,14 @@ def test_bits_of_nf4(double_quant: bool, bits: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "packed"), [(4, 64, 4), (4, 128, 4), (3, 64, 3.2), (2, 128, 2)]
+    ("bits", "group_size", "axis", "packed"),
+    [(4, 64, 1, 4), (4, 128, 1, 4), (4, 64, 0, 4), (3, 64, 1, 3.2), (2, 128, 1, 2)],
 )
-def test_bits_of_hqq(bits: int, group_size: int, packed: float) -> None:
+def test_bits_of_hqq(bits: int, group_size: int, axis: int, packed: float) -> None:
     pytest.importorskip("hqq")
-    for axis in (0, 1):
-        found, error = bits_of(HQQ(bits, group_size, axis))
-        assert found == pytest.approx(packed + 32 / group_size, rel=1e-2)
-        assert error < {4: 0.15, 3: 0.3, 2: 0.7}[bits]
+    found, error = bits_of(HQQ(bits, group_size, axis))
+    assert found == pytest.approx(packed + 32 / group_size, rel=1e-3)
+    assert error < {4: 0.15, 3: 0.3, 2: 0.7}[bits]
 
 
 def test_bits_of_rounding() -> None:
