@@ -1,4 +1,4 @@
-"""A comparison as a picture: perplexity over the original's against bits per weight."""
+"""A comparison as a picture: how much perplexity rises against bits per weight."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from squeezellm_hf.evaluation.report import Row
 
 _NAMES = {OURS: "SqueezeLLM (this package)", "rtn": "round to nearest", "hqq": "HQQ"}
 _NAMES |= {"nf4": "bitsandbytes NF4", "gptq": "GPTQ"}
+# The axis is logarithmic, and a text of chance may be easier for a quantized model.
+_LEAST_PERCENT = 0.1
 _MARKERS = {OURS: "o", "rtn": "v", "hqq": "s", "nf4": "D", "gptq": "^"}
 
 
@@ -40,12 +42,15 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Row], title: str) -> None:
     """
     check_plot(path)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in _MARKERS:
         points = sorted(
-            (row["bits_per_weight"], row["ratio"]) for row in rows if row["method"] == method
+            (row["bits_per_weight"], max(100 * (row["ratio"] - 1), _LEAST_PERCENT))
+            for row in rows
+            if row["method"] == method
         )
         if points:
             axes.plot(
@@ -54,14 +59,11 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Row], title: str) -> None:
                 linestyle="-" if method == OURS else "",
                 label=_NAMES[method],
             )
-    axes.axhline(1.0, color="gray", linewidth=0.8)
-    axes.set(xlabel="bits per weight, all that is stored", ylabel="perplexity / original")
-    axes.set(yscale="log", title=title)
-    ticks = [1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10]
-    highest = axes.get_ylim()[1]
-    axes.set_yticks([tick for tick in ticks if tick <= highest], minor=False)
+    axes.set(xlabel="bits per weight, all that is stored", yscale="log", title=title)
+    axes.set_ylabel("perplexity above the original's, %")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path)
