@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer
 
 from squeezellm_hf.evaluation.cases import OURS, Case
 from squeezellm_hf.evaluation.evaluate import evaluate
+from squeezellm_hf.evaluation.remembered import RememberedModel
 from squeezellm_hf.evaluation.report import Row, write_json
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
 from squeezellm_hf.pipeline import make_plan
@@ -61,7 +62,8 @@ def compare(
     n_bytes = original.get_memory_footprint()
     others = n_bytes - sum(weight.numel() * weight.element_size() for weight in weights)
     run = f"{fingerprint(original, calibration)} {text.numpy().tobytes().hex()}"
-    start = evaluate(original, text, progress=progress).perplexity
+    remembered = RememberedModel(original)
+    start = evaluate(remembered, text, progress=progress).perplexity
     yield {
         "case": ORIGINAL,
         "method": ORIGINAL,
@@ -79,7 +81,7 @@ def compare(
         begin = time.monotonic()
         n_bits = case.peer.quantize(model, layers, calibration, progress=progress)
         seconds = time.monotonic() - begin
-        result = evaluate(model, text, original=original, progress=progress)
+        result = evaluate(model, text, original=remembered, progress=progress)
         row = {
             "case": case.text,
             "method": case.method,

@@ -16,6 +16,7 @@ from squeezellm_hf.evaluation.peers.gptq import GPTQ
 from squeezellm_hf.evaluation.peers.nf4 import NF4
 from squeezellm_hf.evaluation.perplexity import perplexity
 from squeezellm_hf.evaluation.plot import plot
+from squeezellm_hf.evaluation.remembered import RememberedModel
 from squeezellm_hf.evaluation.report import Column, decimals, markdown
 from squeezellm_hf.integration.in_memory import quantize_model
 
@@ -105,6 +106,21 @@ def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(loads) == 2  # the original, and the case that is new
     other_text = list(compare(load, again[:1], CALIBRATION, TEXT[:2], work_dir=tmp_path))
     assert other_text[1]["n_tokens"] == 2 * 23
+
+
+def test_an_answer_is_remembered_as_far_as_memory_goes(model: LlamaForCausalLM) -> None:
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    one, two = TEXT[:1], TEXT[1:2]
+    with torch.no_grad():
+        logits = model(one).logits
+        remembered = RememberedModel(model, max_bytes=2 * logits.numel() * 4 - 1)
+        for ids in (one, two, one, two):
+            assert remembered(input_ids=ids).logits.equal(model(ids).logits)
+    hook.remove()
+    # 5 by this test itself; the second text has no room and is computed twice
+    assert len(calls) == 5 + 3
+    assert remembered.device == model.device
 
 
 def test_beaten_by_what_takes_no_more_bits() -> None:
