@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ A case is METHOD or METHOD:OPTION=VALUE,...:
   gptq        GPTQ, our own fp32 implementation: bits, group_size, act_order, static_groups
   nf4         4-bit NormalFloat of bitsandbytes: block_size, double_quant
   hqq         half-quadratic quantization of the package hqq: bits, group_size, axis
+
 What is not installed is left out, and said.
 
 All quantize the same layers; those that use data are calibrated on the same.
@@ -83,7 +85,8 @@ class Command:
     sequence_length: int = 512
     """Tokens a sequence, in both."""
     work_dir: str | None = None
-    """Keep finished work here: a killed comparison goes on where it was."""
+    """Keep finished work here: a killed comparison goes on where it was. By default a temporary
+    folder, for the statistics that all cases share: 4 bytes a weight, and the Hessians."""
     json: Path | None = None
     """Write the results to this file, with versions and hardware."""
     markdown: Path | None = None
@@ -94,7 +97,11 @@ class Command:
 
     def run(self) -> None:
         """Run the cases that can be run, and print one row for each."""
-        cases, skipped = self._cases()
+        with tempfile.TemporaryDirectory() as temporary:
+            self._run(self.work_dir or temporary)
+
+    def _run(self, work_dir: str) -> None:
+        cases, skipped = self._cases(work_dir)
         if self.plot is not None:
             check_plot(self.plot)
         for case, reason in skipped.items():
@@ -107,7 +114,7 @@ class Command:
                 cases,
                 calibration,
                 text,
-                work_dir=self.work_dir,
+                work_dir=work_dir,
                 progress=True,
             )
         )
@@ -115,9 +122,9 @@ class Command:
         rows[1:] = sorted(rows[1:], key=lambda row: row["bits_per_weight"])
         self._report(rows, skipped)
 
-    def _cases(self) -> tuple[list[Case], dict[str, str]]:
+    def _cases(self, work_dir: str) -> tuple[list[Case], dict[str, str]]:
         """Return what can be run, and the others with a reason."""
-        cases = [parse_case(text, self.work_dir) for text in self.cases]
+        cases = [parse_case(text, work_dir) for text in self.cases]
         skipped = {case.text: case.missing for case in cases if case.missing is not None}
         cases = [case for case in cases if case.missing is None]
         if not cases:
