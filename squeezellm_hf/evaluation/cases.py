@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import re
@@ -89,9 +90,15 @@ class Case:
     def missing(self) -> str | None:
         """Why it cannot be run here, or None."""
         package = self.peer.package
-        if package is None or importlib.util.find_spec(package) is not None:
+        if package is None:
             return None
-        return f"{package} is not installed (pip install {package})"
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed (pip install {package})"
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            return f"{package} cannot be imported: {error}"
+        return None
 
 
 def parse_case(text: str, work_dir: str | None = None) -> Case:

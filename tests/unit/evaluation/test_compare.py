@@ -1,5 +1,6 @@
 """Comparisons: cases as they are written, rows, resuming, who beats whom, table and picture."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: None)
     assert parse_case("nf4").missing == "bitsandbytes is not installed (pip install bitsandbytes)"
     assert parse_case("rtn").missing is None
+
+
+def test_what_is_broken_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert str(parse_case("nf4").missing).startswith("bitsandbytes cannot be imported: ")
 
 
 def test_rows() -> None:
