@@ -19,7 +19,7 @@ def quantize_blocks(
     model: Any,
     names: Sequence[str],
     sequences: Tensor,
-    quantize: Callable[[Tensor, Tensor], Stored],
+    quantize: Callable[[Sequence[Tensor], Tensor], Sequence[Stored]],
     *,
     progress: bool = False,
 ) -> int:
@@ -29,7 +29,8 @@ def quantize_blocks(
         model: A causal language model of transformers.
         names: Linear layers, all of them within the model's blocks.
         sequences: Token ids, int64 [n_samples, sequence_length].
-        quantize: Given a weight and X^T X, fp32 [in_features, in_features].
+        quantize: Given the weights of layers with the same inputs X, and X^T X, fp32
+            [in_features, in_features].
         progress: Show a progress bar.
 
     Returns:
@@ -53,10 +54,14 @@ def quantize_blocks(
                 hooks.callback(hook.remove)
             for state in states:
                 block(state, **arguments[index])
-        for name, linear in linears.items():
-            stored = quantize(linear.weight, hessians.of(name)[0])
-            linear.weight.copy_(stored.weight)
-            n_bits += stored.n_bits
+        for name in hessians.sums:
+            together = [linears[n] for n in linears if shared.get(n, n) == name]
+            weights = [linear.weight for linear in together]
+            for weight, stored in zip(
+                weights, quantize(weights, hessians.of(name)[0]), strict=True
+            ):
+                weight.copy_(stored.weight)
+                n_bits += stored.n_bits
         states = [_hidden(block(state, **arguments[index])) for state in states]
     return n_bits
 

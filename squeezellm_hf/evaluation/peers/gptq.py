@@ -58,51 +58,55 @@ class GPTQ(Peer):
         Raises:
             ValueError: The model's blocks do not follow one another, or H cannot be inverted.
         """
-        return quantize_blocks(model, names, sequences, self.quantize_weight, progress=progress)
+        return quantize_blocks(model, names, sequences, self.quantize_weights, progress=progress)
 
-    def quantize_weight(self, weight: Tensor, hessian: Tensor) -> Stored:
-        """Quantize a matrix.
+    def quantize_weights(self, weights: Sequence[Tensor], hessian: Tensor) -> list[Stored]:
+        """Quantize matrices with the same inputs, side by side.
 
         Args:
-            weight: Floats [out_features, in_features].
+            weights: Floats [out_features, in_features] each.
             hessian: X^T X, fp32 [in_features, in_features].
         """
-        rows = weight.float()
+        rows = torch.cat([weight.float() for weight in weights])
         order = torch.arange(rows.shape[1], device=rows.device)
         if self.act_order:
             order = hessian.diagonal().argsort(descending=True, stable=True)
         factor = _inverse_factor(hessian[order][:, order], self.damping)
         rounded = torch.empty_like(rows)
         rounded[:, order] = self._round_columns(rows, order, factor)
-        n_bits = grid_bits(rows, self.bits, self.group_size)
-        if self.act_order and not self.static_groups:
-            n_bits += _INDEX_BITS * rows.shape[1]
-        return Stored(rounded, n_bits)
+        orders = self.act_order and not self.static_groups
+        return [
+            Stored(
+                part,
+                grid_bits(part, self.bits, self.group_size) + orders * _INDEX_BITS * part.shape[1],
+            )
+            for part in rounded.split([weight.shape[0] for weight in weights])
+        ]
 
     def _round_columns(self, rows: Tensor, order: Tensor, factor: Tensor) -> Tensor:
         """Return the rounded columns in the order in which they are rounded."""
-        left = rows[:, order]
+        # A column a row: that is what is read and written, again and again.
+        left = rows.t()[order]
         static = [Grid.of(group, self.bits) for group in rows.split(self.group_size, dim=1)]
         groups = (order // self.group_size).tolist()
         rounded = torch.empty_like(left)
-        n = left.shape[1]
+        n = left.shape[0]
         start = 0
         while start < n:
             # No block goes beyond a group, so that a grid is made of weights that are up to date.
             stop = min(start + _BLOCK, n, (start // self.group_size + 1) * self.group_size)
             if start % self.group_size == 0:
-                grid = Grid.of(left[:, start : start + self.group_size], self.bits)
-            errors = torch.empty_like(left[:, start:stop])
+                grid = Grid.of(left[start : start + self.group_size].t(), self.bits)
+            errors = torch.empty_like(left[start:stop])
             for i in range(start, stop):
                 if self.static_groups:
                     grid = static[groups[i]]
-                rounded[:, i : i + 1] = grid.round(left[:, i : i + 1])
-                error = (left[:, i] - rounded[:, i]) / factor[i, i]
-                left[:, i + 1 : stop] -= error[:, None] * factor[i, i + 1 : stop]
-                errors[:, i - start] = error
-            left[:, stop:] -= errors @ factor[start:stop, stop:]
+                rounded[i] = grid.round(left[i, :, None])[:, 0]
+                errors[i - start] = (left[i] - rounded[i]) / factor[i, i]
+                left[i + 1 : stop].addr_(factor[i, i + 1 : stop], errors[i - start], alpha=-1)
+            left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
             start = stop
-        return rounded
+        return rounded.t()
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -71,10 +71,10 @@ def test_gptq_makes_up_for_errors_as_least_squares_would() -> None:
     x, w = inputs(12), weight(5, 12)
     hessian = x.T @ x
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    found = GPTQ(3, 128, act_order=False).quantize_weight(w, hessian.float())
+    found = GPTQ(3, 128, act_order=False).quantize_weights([w], hessian.float())[0]
     assert torch.allclose(found.weight.double(), sequential_rounding(w, damped, 3), atol=1e-5)
     order = hessian.diagonal().argsort(descending=True)
-    found = GPTQ(3, 128, act_order=True).quantize_weight(w, hessian.float())
+    found = GPTQ(3, 128, act_order=True).quantize_weights([w], hessian.float())[0]
     expected = sequential_rounding(w[:, order], damped[order][:, order], 3)
     assert torch.allclose(found.weight[:, order].double(), expected, atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_gptq_in_blocks_and_groups(act_order: bool, static: bool) -> None:
     x, w = inputs(300, 2000), weight(7, 300)
     hessian = (x.T @ x).float()
     gptq = GPTQ(3, 64, act_order=act_order, static_groups=static)
-    found = gptq.quantize_weight(w, hessian)
+    found = gptq.quantize_weights([w], hessian)[0]
     nearest = output_error(round_to_nearest(w, 3, 64), w, x)
     assert output_error(found, w, x) < 0.8 * nearest
     indices = 32 * 300 if act_order and not static else 0
@@ -95,7 +95,7 @@ def test_gptq_in_blocks_and_groups(act_order: bool, static: bool) -> None:
 def test_gptq_is_the_best_of_all_roundings_where_columns_do_not_meet() -> None:
     w = weight(1, 4)
     hessian = torch.diag(torch.tensor([3.0, 1.0, 2.0, 5.0]))
-    found = GPTQ(2, 128).quantize_weight(w, hessian).weight
+    found = GPTQ(2, 128).quantize_weights([w], hessian)[0].weight
     grid = Grid.of(w, 2)
     points = (grid.scale * (torch.arange(4) - grid.zero))[0].tolist()
     errors = {
@@ -108,7 +108,7 @@ def test_gptq_is_the_best_of_all_roundings_where_columns_do_not_meet() -> None:
 def test_gptq_with_inputs_that_are_always_zero() -> None:
     x, w = inputs(16), weight(3, 16)
     x[:, [2, 7]] = 0
-    found = GPTQ(4, 16).quantize_weight(w, (x.T @ x).float()).weight
+    found = GPTQ(4, 16).quantize_weights([w], (x.T @ x).float())[0].weight
     assert found.isfinite().all()
     assert (found - w).abs().max() < 1
 
@@ -124,7 +124,7 @@ def test_gptq_sees_what_the_quantized_blocks_before_give() -> None:
     for block in range(2):
         layers = {n: reference.get_submodule(n) for n in names if f"layers.{block}." in n}
         for name, x in inputs_of(reference, layers, ids).items():
-            stored = gptq.quantize_weight(layers[name].weight.detach(), x.T @ x)
+            stored = gptq.quantize_weights([layers[name].weight.detach()], x.T @ x)[0]
             expected_bits += stored.n_bits
             layers[name].weight.data.copy_(stored.weight)
     assert n_bits == expected_bits
