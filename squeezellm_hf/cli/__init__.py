@@ -13,6 +13,7 @@ COMMANDS = {
     "quantize": "Quantize a model and save it as an ordinary checkpoint, or push it to the Hub.",
     "convert": "Turn a .pt checkpoint of the public SqueezeLLM code into an ordinary one.",
     "eval": "Perplexity on a text, and how far predictions are from the original model's.",
+    "compare": "Perplexity against bits per weight: us, GPTQ, NF4, HQQ, round to nearest.",
     "inspect": "What a checkpoint holds: bits, sparse values and bytes of every layer.",
     "bench": "Tokens per second and memory, quantized against original.",
     "env": "Installed versions, hardware, and which kernels are active.",

@@ -10,6 +10,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from squeezellm_hf.calibration.datasets import describe, token_stream
+from squeezellm_hf.cli import tasks as harness
 from squeezellm_hf.cli.loading import Loading
 from squeezellm_hf.evaluation.environment import environment
 from squeezellm_hf.evaluation.evaluate import Evaluation, evaluate
@@ -29,12 +30,13 @@ DESCRIPTION = """Measure perplexity on a text, and how far predictions are from 
   squeezellm eval OUT
   squeezellm eval OUT4 OUT3 --reference MODEL --json results.json
   squeezellm eval OUT --dataset wikitext2 --sequence-length 2048
+  squeezellm eval OUT --tasks hellaswag,arc_easy --batch-size 8
 
 Perplexity is exp of the mean cross entropy of a token, given those before it
 in its window; lower is better. With --reference also, in nats and token by
 token, KL(original || quantized): its mean and 99th percentile, and how often
 both models find the same token the likeliest. The reference and one model are
-in memory at once."""
+in memory at once. With --tasks the LM Evaluation Harness runs instead."""
 
 COLUMNS = (
     Column("model", "model"),
@@ -76,12 +78,18 @@ class Command:
     """Write the results to this file, with versions and hardware."""
     card: bool = False
     """Put the results into the model card of each MODEL too; these must be local folders."""
+    tasks: harness.Tasks = field(default_factory=harness.Tasks)
     loading: Loading = field(default_factory=Loading)
 
     def run(self) -> None:
         """Evaluate one model after the other, and print one row for each."""
         if not self.models:
             raise ValueError("no MODEL was given")
+        if self.tasks.tasks is not None:
+            if self.card:
+                raise ValueError("--card takes perplexities, not --tasks")
+            self._run_tasks()
+            return
         text = self._tokens(self.reference or self.models[0])
         for name in self.models:
             self._check_context(name)
@@ -130,6 +138,13 @@ class Command:
             split=self.split,
             sequence_length=self.sequence_length,
         )
+
+    def _run_tasks(self) -> None:
+        models = self.models if self.reference is None else (self.reference, *self.models)
+        rows = self.tasks.rows(models, self.loading)
+        print_table(rows, harness.COLUMNS, "LM Evaluation Harness")
+        if self.json is not None:
+            write_json(self.json, rows, limit=self.tasks.limit, environment=environment())
 
     def _tokens(self, name: str) -> Tensor:
         return token_stream(

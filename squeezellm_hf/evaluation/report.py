@@ -74,6 +74,21 @@ def table(rows: Sequence[Row], columns: Sequence[Column], title: str | None = No
     return result
 
 
+def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Lay rows out as a Markdown table, with the columns that `table` shows."""
+    shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    texts = {column: any(isinstance(row.get(column.key), str) for row in rows) for column in shown}
+    lines = [
+        [column.header for column in shown],
+        ["---" if texts[column] else "---:" for column in shown],
+    ]
+    for row in rows:
+        values = [(column, row.get(column.key)) for column in shown]
+        lines.append(["-" if value is None else column.format(value) for column, value in values])
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
 def console() -> Console:
     """Return a console on standard output; into a pipe or a file lines may be long.
 
