@@ -10,7 +10,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from squeezellm_hf.integration import autoload, saving
+from squeezellm_hf.integration import autoload, saving, tensor_parallel
 from squeezellm_hf.integration.checkpoint import check_files
 from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
 from squeezellm_hf.integration.placement import place, quantization_device
@@ -55,11 +55,18 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
+            if tensor_parallel.requested(model):
+                raise ValueError(
+                    "tp_plan needs a model that is quantized already: quantize and save it in one "
+                    "process, then load it with tp_plan"
+                )
             # Everything that can be wrong with the request is found before the weights are read.
             # (Transformers calls this with meta as the default device.)
             with torch.device("cpu"):
                 self._run = prepare(model, self.quantization_config)
             return model
+        if tensor_parallel.requested(model) and self.quantization_config.dequantize:
+            raise ValueError("dequantize=True cannot be used with tp_plan")
         records = self.quantization_config.records
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         for name, record in records.items():
@@ -82,20 +89,26 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
         if kwargs.get("checkpoint_files"):
             check_files(kwargs["checkpoint_files"], records)
+        tensor_parallel.use_our_styles(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            for name, record in self.quantization_config.records.items():
+            records = self.quantization_config.records
+            for name, record in records.items():
+                if (nnz := model.get_submodule(name).nnz) != record.nnz:
+                    raise ValueError(
+                        f"{name}.values must be [nnz={record.nnz}] as config.json says, got [{nnz}]"
+                    )
+            parallel = tensor_parallel.localize(model, records)
+            for name in records:
                 layer = model.get_submodule(name)
                 layer.requires_grad_(False)
                 layer.check(f"{name}.")
                 layer.align()
-                if layer.nnz != record.nnz:
-                    raise ValueError(
-                        f"{name}.values must be [nnz={record.nnz}] as config.json says, "
-                        f"got [{layer.nnz}]"
-                    )
+            if parallel:
+                saving.refuse(model, "a model loaded with tp_plan holds a part of each layer")
+                return model
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
         else:
@@ -110,6 +123,10 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if tensor_parallel.requested(model):
+            raise ValueError(
+                "a model loaded with tp_plan holds a part of each layer and cannot be dequantized"
+            )
         if not isinstance(dtype, torch.dtype):
             dtype = model.dtype  # save_pretrained turns the config's dtype into a string
         for name in list(self.quantization_config.records):
