@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from squeezellm_hf.integration import autoload, saving, tensor_parallel
-from squeezellm_hf.integration.checkpoint import check_files
+from squeezellm_hf.integration.checkpoint import check_files, check_nnz
 from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
 from squeezellm_hf.integration.placement import place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
@@ -95,18 +95,15 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             records = self.quantization_config.records
+            parts = tensor_parallel.localize(model, records)
             for name, record in records.items():
-                if (nnz := model.get_submodule(name).nnz) != record.nnz:
-                    raise ValueError(
-                        f"{name}.values must be [nnz={record.nnz}] as config.json says, got [{nnz}]"
-                    )
-            parallel = tensor_parallel.localize(model, records)
-            for name in records:
                 layer = model.get_submodule(name)
                 layer.requires_grad_(False)
                 layer.check(f"{name}.")
                 layer.align()
-            if parallel:
+                if name not in parts:
+                    check_nnz(layer.nnz, record, name)
+            if parts:
                 saving.refuse(model, "a model loaded with tp_plan holds a part of each layer")
                 return model
             if self.quantization_config.dequantize:

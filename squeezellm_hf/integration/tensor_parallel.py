@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from squeezellm_hf.formats import csr
+from squeezellm_hf.integration.checkpoint import check_nnz
 from squeezellm_hf.integration.config import ModuleRecord
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.nn.linear import NAMES, SPARSE
@@ -233,20 +234,24 @@ def use_our_styles(model: Any) -> None:
             model._tp_plan[rule] = PREFIX + style
 
 
-def localize(model: Any, records: Mapping[str, ModuleRecord]) -> bool:
-    """Make each quantized layer an ordinary layer of its part; True if any is a part.
+def localize(model: Any, records: Mapping[str, ModuleRecord]) -> set[str]:
+    """Make each quantized layer that was cut an ordinary layer of its part.
+
+    Returns:
+        The names of those layers.
 
     Raises:
         ValueError: if a sparse part is not sound, or a layer was cut by a style that does not know
             quantized layers.
     """
-    parallel = False
-    for name in records:
+    parts = set()
+    for name, record in records.items():
         layer = model.get_submodule(name)
         if hasattr(layer, _STYLE):
             style, mesh = getattr(layer, _STYLE)
-            _localize(layer, style, mesh, prefix=f"{name}.")
-            parallel = True
+            _check_sparse(layer, record, name)
+            _localize(layer, style, mesh)
+            parts.add(name)
         elif cut := [key for key, t in layer.named_parameters() if isinstance(t, DTensor)]:
             raise ValueError(
                 f"{name}.{cut[0]} was cut by a style of tp_plan that does not know quantized "
@@ -255,18 +260,23 @@ def localize(model: Any, records: Mapping[str, ModuleRecord]) -> bool:
     for rule, named in (model._tp_plan or {}).items():
         # Transformers asks the plan for "colwise" to size its caches.
         model._tp_plan[rule] = named.removeprefix(PREFIX)
-    return parallel
+    return parts
 
 
-def _localize(layer: SqueezeLLMLinear, style: QuantizedParallel, mesh: Any, prefix: str) -> None:
-    tensors = {name: t.detach() for name in NAMES if (t := getattr(layer, name)) is not None}
+def _check_sparse(layer: SqueezeLLMLinear, record: ModuleRecord, name: str) -> None:
+    """What the layer's own check cannot see any more when it holds a part."""
     if layer.nnz:
         csr.check_csr(
-            *(tensors[name] for name in SPARSE),
+            *(getattr(layer, key).detach() for key in SPARSE),
             out_features=layer.out_features,
             in_features=layer.in_features,
-            prefix=prefix,
+            prefix=f"{name}.",
         )
+    check_nnz(layer.nnz, record, name)
+
+
+def _localize(layer: SqueezeLLMLinear, style: QuantizedParallel, mesh: Any) -> None:
+    tensors = {name: t.detach() for name in NAMES if (t := getattr(layer, name)) is not None}
     start, stop = chunk(getattr(layer, style.cut), mesh.size(), mesh.get_local_rank())
     own = {name: t.to_local() for name, t in tensors.items() if isinstance(t, DTensor)}
     own |= style.take(
