@@ -41,6 +41,11 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         """Load on the CPU what is still to be quantized; it is placed when that is done."""
         if self.pre_quantized:
             return device_map
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map names 'disk', which a model that is being quantized cannot be "
+                "offloaded to: quantize and save it, then load it with this device_map"
+            )
         self._device_map = device_map
         return {"": "cpu"}
 
@@ -124,9 +129,16 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             raise ValueError(
                 "a model loaded with tp_plan holds a part of each layer and cannot be dequantized"
             )
+        names = list(self.quantization_config.records)
+        for name in names:
+            if any(tensor.is_meta for tensor in model.get_submodule(name).parameters()):
+                raise ValueError(
+                    f"{name} is offloaded and cannot be dequantized: load the model without "
+                    "offload (device_map=None) to dequantize it"
+                )
         if not isinstance(dtype, torch.dtype):
             dtype = model.dtype  # save_pretrained turns the config's dtype into a string
-        for name in list(self.quantization_config.records):
+        for name in names:
             layer = model.get_submodule(name)
             if isinstance(layer, SqueezeLLMLinear):
                 model.set_submodule(name, layer.to_linear(dtype))
