@@ -200,7 +200,7 @@ def test_offload_beside_a_gpu(
     """A block that lies elsewhere is computed on the GPU, as all others."""
     ids = token_ids.to("cuda")
     expected = logits(AutoModelForCausalLM.from_pretrained(quantized, device_map="cuda"), ids)
-    device_map = {name: 0 for name in OUTSIDE} | {"lm_head": 0}
+    device_map = dict.fromkeys(OUTSIDE, 0) | {"lm_head": 0}
     device_map |= {"model.layers.0": 0, "model.layers.1": elsewhere}
     model = AutoModelForCausalLM.from_pretrained(
         quantized, device_map=device_map, offload_folder=tmp_path
@@ -214,7 +214,7 @@ def test_offload_beside_a_gpu(
 def test_two_gpus(quantized: Path, token_ids: Tensor) -> None:
     ids = token_ids.to("cuda:0")
     expected = logits(AutoModelForCausalLM.from_pretrained(quantized, device_map="cuda:0"), ids)
-    device_map = {name: 0 for name in OUTSIDE} | {"lm_head": 1}
+    device_map = dict.fromkeys(OUTSIDE, 0) | {"lm_head": 1}
     device_map |= {"model.layers.0": 0, "model.layers.1": 1}
     model = AutoModelForCausalLM.from_pretrained(quantized, device_map=device_map)
     devices = {layer.qweight.device.index for layer in quantized_layers(model)}
