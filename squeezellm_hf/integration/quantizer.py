@@ -16,6 +16,7 @@ from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
 from squeezellm_hf.integration.placement import place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
 from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.nn.mapped import MappedFiles
 
 
 class SqueezeLLMHfQuantizer(HfQuantizer):
@@ -101,11 +102,12 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             records = self.quantization_config.records
             parts = tensor_parallel.localize(model, records)
+            mapped = MappedFiles()
             for name, record in records.items():
                 layer = model.get_submodule(name)
                 layer.requires_grad_(False)
+                layer.align(mapped)  # first: what reads a mapped tensor leaves it in memory
                 layer.check(f"{name}.")
-                layer.align()
                 if name not in parts:
                     check_nnz(layer.nnz, record, name)
             if parts:
