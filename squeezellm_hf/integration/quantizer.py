@@ -3,6 +3,7 @@
 Works from transformers 5.17 on; arguments that came or went since are taken as ``**kwargs``.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from squeezellm_hf.integration import autoload, saving, tensor_parallel
+from squeezellm_hf.integration import autoload, saving
 from squeezellm_hf.integration.checkpoint import check_files, check_nnz
 from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
-from squeezellm_hf.integration.placement import place, quantization_device
+from squeezellm_hf.integration.placement import is_tensor_parallel, place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.nn.mapped import MappedFiles
@@ -61,7 +62,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
-            if tensor_parallel.requested(model):
+            if is_tensor_parallel(model):
                 raise ValueError(
                     "tp_plan needs a model that is quantized already: quantize and save it in one "
                     "process, then load it with tp_plan"
@@ -71,7 +72,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 self._run = prepare(model, self.quantization_config)
             return model
-        if tensor_parallel.requested(model) and self.quantization_config.dequantize:
+        if is_tensor_parallel(model) and self.quantization_config.dequantize:
             raise ValueError("dequantize=True cannot be used with tp_plan")
         records = self.quantization_config.records
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
@@ -95,13 +96,16 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
         if kwargs.get("checkpoint_files"):
             check_files(kwargs["checkpoint_files"], records)
-        tensor_parallel.use_our_styles(model)
+        if is_tensor_parallel(model):
+            _tensor_parallel().use_our_styles(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             records = self.quantization_config.records
-            parts = tensor_parallel.localize(model, records)
+            parts: set[str] = set()
+            if is_tensor_parallel(model):
+                parts = _tensor_parallel().localize(model, records)
             mapped = MappedFiles()
             for name, record in records.items():
                 layer = model.get_submodule(name)
@@ -127,7 +131,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        if tensor_parallel.requested(model):
+        if is_tensor_parallel(model):
             raise ValueError(
                 "a model loaded with tp_plan holds a part of each layer and cannot be dequantized"
             )
@@ -174,6 +178,11 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The ops have fake kernels and cause no graph break."""
         return True
+
+
+def _tensor_parallel() -> Any:
+    """The module, imported where it is used: a torch without distributed has not what it needs."""
+    return importlib.import_module("squeezellm_hf.integration.tensor_parallel")
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

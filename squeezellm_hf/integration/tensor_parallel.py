@@ -20,12 +20,12 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Tensor
 from squeezellm_hf.formats import csr
 from squeezellm_hf.integration.checkpoint import check_nnz
 from squeezellm_hf.integration.config import ModuleRecord
+from squeezellm_hf.integration.placement import PARALLEL_STYLE
 from squeezellm_hf.nn import SqueezeLLMLinear
 from squeezellm_hf.nn.linear import NAMES, SPARSE
 from squeezellm_hf.nn.shards import chunk, columns_start_on_words, take_columns, take_rows
 
 PREFIX = "squeezellm_"
-_STYLE = "_squeezellm_parallel"  # attribute of a layer: its style and device mesh
 
 
 class _SumGradients(torch.autograd.Function):
@@ -116,7 +116,7 @@ class QuantizedParallel(TensorParallelLayer):
         if not isinstance(module, SqueezeLLMLinear):
             installed: nn.Module = self.plain.install_forward(module, mesh)
             return installed
-        setattr(module, _STYLE, (self, mesh))
+        setattr(module, PARALLEL_STYLE, (self, mesh))
         features = module.out_features
         module.register_forward_pre_hook(lambda _, args: (self.before(args[0], mesh), *args[1:]))
         module.register_forward_hook(lambda _, args, y: self.after(y, mesh, features))
@@ -221,12 +221,6 @@ for _name, _style in STYLES.items():
     ALL_PARALLEL_STYLES.register(PREFIX + _name, _style)
 
 
-def requested(model: Any) -> bool:
-    """Whether the model is being loaded for more than one tensor-parallel process."""
-    config = getattr(model.config, "distributed_config", None)
-    return (getattr(config, "tp_size", None) or 1) > 1
-
-
 def use_our_styles(model: Any) -> None:
     """Have the model's plan use our styles; they leave modules that are not quantized to theirs."""
     for rule, style in (model._tp_plan or {}).items():
@@ -247,8 +241,8 @@ def localize(model: Any, records: Mapping[str, ModuleRecord]) -> set[str]:
     parts = set()
     for name, record in records.items():
         layer = model.get_submodule(name)
-        if hasattr(layer, _STYLE):
-            style, mesh = getattr(layer, _STYLE)
+        if hasattr(layer, PARALLEL_STYLE):
+            style, mesh = getattr(layer, PARALLEL_STYLE)
             _check_sparse(layer, record, name)
             _localize(layer, style, mesh)
             parts.add(name)

@@ -4,6 +4,7 @@ Arguments: a directory with one checkpoint in each directory of it and ``token_i
 directory of one that is not quantized.
 """
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -32,6 +33,14 @@ def message(call, *args: object, **kwargs: object) -> str:
     return ""
 
 
+def adapter_message(model) -> str | None:
+    """What is said to a request for an adapter; None where there is no PEFT."""
+    if importlib.util.find_spec("peft") is None:
+        return None
+    peft = importlib.import_module("peft")
+    return message(peft.get_peft_model, model, peft.LoraConfig(target_modules="all-linear"))
+
+
 def results(path: Path, token_ids: torch.Tensor) -> dict[str, object]:
     """What a model loaded in parts does."""
     model = load(path)
@@ -44,18 +53,25 @@ def results(path: Path, token_ids: torch.Tensor) -> dict[str, object]:
         model.generate(prompt, **generate),
         model.generate(prompt, **generate, cache_implementation="static", disable_compile=True),
     ]
+    block = model.model.layers[0]
+    states = torch.randn(1, 4, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(block.mlp, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        same = compiled(states).equal(block.mlp(states))
     embeddings = model.get_input_embeddings()(token_ids).detach().requires_grad_()
     output = model(inputs_embeds=embeddings)
     output.logits.square().mean().backward()
     return {
         "logits": logits,
         "texts": texts,
+        "compiled": same,
         "gradient": embeddings.grad,
         "sizes": {n: (m.out_features, m.in_features, m.nnz) for n, m in layers.items()},
         "bytes": {n: m.weight_bytes for n, m in layers.items()},
         "biases": {n: m.bias is not None for n, m in layers.items()},
         "save": message(model.save_pretrained, path / "again"),
         "dequantize": message(model.dequantize),
+        "adapter": adapter_message(model),
         "plan": sorted(set(model._tp_plan.values())),
     }
 

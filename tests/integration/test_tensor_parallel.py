@@ -129,6 +129,11 @@ def test_same_text_with_both_kinds_of_cache(
             assert text.equal(expected)
 
 
+def test_compiles_without_a_graph_break(parts: list, name: str) -> None:
+    for part in parts:
+        assert part[name]["compiled"]
+
+
 def test_same_gradient(checkpoints: Path, parts: list, name: str, token_ids) -> None:
     model = whole(checkpoints, name)
     embeddings = model.get_input_embeddings()(token_ids).detach().requires_grad_()
@@ -164,6 +169,8 @@ def test_what_needs_all_parts_says_so(parts: list, name: str) -> None:
     for part in parts:
         assert "holds a part of each layer" in part[name]["save"]
         assert "cannot be dequantized" in part[name]["dequantize"]
+        adapter = part[name]["adapter"]
+        assert adapter is None or "cannot have adapters" in adapter
         assert not any("squeezellm" in style for style in part[name]["plan"])
 
 
