@@ -44,6 +44,7 @@ def adapter_message(model) -> str | None:
 def results(path: Path, token_ids: torch.Tensor) -> dict[str, object]:
     """What a model loaded in parts does."""
     model = load(path)
+    token_ids = token_ids.to(model.device)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, SqueezeLLMLinear)}
     with torch.no_grad():
         logits = model(token_ids).logits
@@ -55,6 +56,7 @@ def results(path: Path, token_ids: torch.Tensor) -> dict[str, object]:
     ]
     block = model.model.layers[0]
     states = torch.randn(1, 4, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    states = states.to(model.device)
     compiled = torch.compile(block.mlp, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         same = compiled(states).equal(block.mlp(states))
@@ -62,10 +64,10 @@ def results(path: Path, token_ids: torch.Tensor) -> dict[str, object]:
     output = model(inputs_embeds=embeddings)
     output.logits.square().mean().backward()
     return {
-        "logits": logits,
-        "texts": texts,
+        "logits": logits.cpu(),
+        "texts": [text.cpu() for text in texts],
         "compiled": same,
-        "gradient": embeddings.grad,
+        "gradient": embeddings.grad.cpu(),
         "sizes": {n: (m.out_features, m.in_features, m.nnz) for n, m in layers.items()},
         "bytes": {n: m.weight_bytes for n, m in layers.items()},
         "biases": {n: m.bias is not None for n, m in layers.items()},
@@ -90,7 +92,9 @@ def refusals(quantized: Path, plain: Path) -> dict[str, str]:
 def main() -> None:
     """Write ``rank<r>.pt`` beside the checkpoints."""
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     directory = Path(sys.argv[1])
     token_ids = torch.load(directory / "token_ids.pt")
     found = {

@@ -81,6 +81,7 @@ def test_disk_offload(
         and any(layer.startswith(key) for key in targets)
     }
     assert away
+    assert not any(tmp_path.iterdir())  # the checkpoint itself is what lies on the disk
     for _ in range(2):  # what a call has fetched, it gives back
         assert logits(model, token_ids).equal(expected)
         assert on_meta(model) == away

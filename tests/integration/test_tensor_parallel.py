@@ -84,10 +84,25 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, token_ids: Tensor) -> 
     return directory
 
 
-@pytest.fixture(scope="module")
-def parts(checkpoints: Path, checkpoint: Path) -> list[dict[str, dict[str, object]]]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                torch.cuda.device_count() < PROCESSES, reason="needs a CUDA device for each process"
+            ),
+        ),
+    ],
+)
+def parts(
+    checkpoints: Path, checkpoint: Path, request: pytest.FixtureRequest
+) -> list[dict[str, dict[str, object]]]:
     """What each process found."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if request.param == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(PROCESSES)]
     command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     run = subprocess.run(
