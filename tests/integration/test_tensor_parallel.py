@@ -37,8 +37,8 @@ SIZES = {
 
 
 def llama() -> LlamaForCausalLM:
-    """Its 72 hidden features make halves of 108 bits: down_proj cannot be cut at words."""
-    return tiny_llama(intermediate_size=72)
+    """Its 75 hidden features make parts of 38 and 37: down_proj cannot be cut at words."""
+    return tiny_llama(intermediate_size=75)
 
 
 def qwen2() -> nn.Module:
@@ -66,7 +66,7 @@ def phi3() -> nn.Module:
 
 MODELS = {"llama": llama, "qwen2": qwen2, "phi3": phi3, "biased": biased}
 CHANGES: dict[str, dict[str, object]] = {
-    "llama": {"overrides": {"layers.1.mlp.down_proj": {"skip": True}}},
+    "qwen2": {"overrides": {"layers.1.mlp.down_proj": {"skip": True}}},
     "phi3": {"outlier_fraction": 0.0, "sensitive_fraction": 0.0},
 }
 
@@ -163,12 +163,12 @@ def test_same_gradient(checkpoints: Path, parts: list, name: str, token_ids) -> 
 def test_each_process_holds_its_share(checkpoints: Path, parts: list, name: str) -> None:
     for layer_name, layer in layers(whole(checkpoints, name)).items():
         sizes = [part[name]["sizes"][layer_name] for part in parts]
-        cells = sum(rows * columns for rows, columns, _ in sizes)
-        assert cells == layer.out_features * layer.in_features
-        assert sizes[0][0] * sizes[0][1] == cells // PROCESSES
+        first, second = (rows * columns for rows, columns, _ in sizes)
+        assert first + second == layer.out_features * layer.in_features
+        assert 0 <= first - second <= max(layer.out_features, layer.in_features)
         assert sum(nnz for *_, nnz in sizes) == layer.nnz
         # Tables are needed whole where columns are cut.
-        limit = 0.5 * layer.weight_bytes + layer.lookup_table.nbytes + 4 * layer.out_features + 64
+        limit = 0.52 * layer.weight_bytes + layer.lookup_table.nbytes + 4 * layer.out_features + 64
         for part in parts:
             assert part[name]["bytes"][layer_name] <= limit
 
