@@ -76,6 +76,31 @@ def row_indices(crow_indices: Tensor, nnz: int) -> Tensor:
     return torch.repeat_interleave(rows, counts, output_size=nnz)
 
 
+def take_rows(matrix: CSR, start: int, stop: int) -> CSR:
+    """Rows ``start`` to ``stop`` (exclusive) of a valid matrix, in memory of their own."""
+    crow_indices, col_indices, values = matrix
+    first, last = int(crow_indices[start]), int(crow_indices[stop])
+    return CSR(
+        crow_indices[start : stop + 1] - first,
+        col_indices[first:last].clone(),
+        values[first:last].clone(),
+    )
+
+
+def take_columns(matrix: CSR, start: int, stop: int) -> CSR:
+    """Columns ``start`` to ``stop`` (exclusive) of a valid matrix, counted from ``start``.
+
+    Columns come in the dtype of a matrix with ``stop - start`` columns.
+    """
+    columns = decode_columns(matrix.col_indices)
+    inside = (columns >= start) & (columns < stop)
+    rows = row_indices(matrix.crow_indices, columns.numel())[inside]
+    crow_indices = torch.zeros_like(matrix.crow_indices)
+    crow_indices[1:] = rows.bincount(minlength=crow_indices.numel() - 1).cumsum(dim=0)
+    kept = encode_columns(columns[inside] - start, stop - start)
+    return CSR(crow_indices, kept, matrix.values[inside])
+
+
 def check_csr(
     crow_indices: Tensor,
     col_indices: Tensor,

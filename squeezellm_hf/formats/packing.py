@@ -108,6 +108,33 @@ def unpack(qweight: Tensor, bits: int, in_features: int) -> Tensor:
     return indices.view(rows, groups * WORD_BITS)[:, :in_features].contiguous()
 
 
+def take_columns(qweight: Tensor, bits: int, start: int, stop: int) -> Tensor:
+    """The packed indices of columns ``start`` to ``stop`` (exclusive), in memory of their own.
+
+    Args:
+        qweight: int32 [out_features, words] with ``words * 32 >= stop * bits``.
+        bits: width of an index, 1 to 8.
+        start: first column.
+        stop: column behind the last one.
+
+    Returns:
+        int32 [out_features, ceil((stop - start) * bits / 32)], the unused bits zero.
+    """
+    first, shift = divmod(start * bits, WORD_BITS)
+    words = packed_words(stop - start, bits)
+    source = qweight[:, first : first + words + 1]
+    padded = torch.zeros(qweight.shape[0], words + 1, dtype=torch.int32, device=qweight.device)
+    padded[:, : source.shape[1]] = source
+    low, high = padded[:, :-1], padded[:, 1:]
+    if shift:
+        # The shift of a negative int32 fills with ones: the mask removes them.
+        low = (low >> shift) & (2 ** (WORD_BITS - shift) - 1) | (high << (WORD_BITS - shift))
+    taken = low.contiguous()
+    if used := (stop - start) * bits % WORD_BITS:
+        taken[:, -1] &= 2**used - 1
+    return taken
+
+
 def check_qweight(qweight: Tensor, bits: int, in_features: int, name: str = "qweight") -> None:
     """Raise ValueError unless ``qweight`` has the dtype and shape of packed indices."""
     words = packed_words(in_features, bits)

@@ -59,6 +59,14 @@ def check_files(files: Sequence[str], records: Mapping[str, ModuleRecord]) -> No
             raise ValueError(f"{module}.values is in the checkpoint, but config.json says nnz=0")
 
 
+def check_nnz(nnz: int, record: ModuleRecord, module: str) -> None:
+    """Raise ValueError unless a layer has as many sparse values as config.json says."""
+    if nnz != record.nnz:
+        raise ValueError(
+            f"{module}.values must be [nnz={record.nnz}] as config.json says, got [{nnz}]"
+        )
+
+
 def _header_dtypes(files: Sequence[str]) -> dict[str, str]:
     dtypes = {}
     for path in files:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from squeezellm_hf.integration import autoload
 from squeezellm_hf.integration.expand import peft as expand_peft
+from squeezellm_hf.integration.placement import PARALLEL_STYLE
 from squeezellm_hf.integration.quantizer import SqueezeLLMHfQuantizer
 from squeezellm_hf.nn import SqueezeLLMLinear
 
@@ -40,6 +41,11 @@ class SqueezeLLMLoraLinear(lora_layer.Linear):
     merged_dtype: torch.dtype = torch.float32
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        if hasattr(base_layer, PARALLEL_STYLE):
+            raise ValueError(
+                "a model loaded with tp_plan holds a part of each layer and cannot have adapters; "
+                "load it in one process, without tp_plan"
+            )
         if kwargs.get("parameter_name") is not None:
             raise ValueError(
                 f"target_parameters names {kwargs['parameter_name']!r} of a quantized layer, which "

@@ -6,6 +6,15 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 
+# Attribute of a layer that holds a part of the features: its style and device mesh.
+PARALLEL_STYLE = "_squeezellm_parallel"
+
+
+def is_tensor_parallel(model: Any) -> bool:
+    """Whether the model is loaded for more than one tensor-parallel process."""
+    config = getattr(model.config, "distributed_config", None)
+    return (getattr(config, "tp_size", None) or 1) > 1
+
 
 def quantization_device(device_map: Any) -> torch.device:
     """The first accelerator that ``device_map`` names, else the CPU.

@@ -3,6 +3,7 @@
 Works from transformers 5.17 on; arguments that came or went since are taken as ``**kwargs``.
 """
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,14 +13,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from squeezellm_hf.integration import autoload, expand, saving
-from squeezellm_hf.integration.checkpoint import check_files
+from squeezellm_hf.integration.checkpoint import check_files, check_nnz
 from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
 from squeezellm_hf.integration.initialization import attach_weight, detach_weight
 from squeezellm_hf.integration.output_head import forget_ties
-from squeezellm_hf.integration.placement import place, quantization_device
+from squeezellm_hf.integration.placement import is_tensor_parallel, place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
 from squeezellm_hf.nn import Experts, SqueezeLLMLinear
 from squeezellm_hf.nn.backend import set_backend
+from squeezellm_hf.nn.mapped import MappedFiles
 
 
 class SqueezeLLMHfQuantizer(HfQuantizer):
@@ -46,6 +48,11 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         """Load on the CPU what is still to be quantized; it is placed when that is done."""
         if self.pre_quantized:
             return device_map
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map names 'disk', which a model that is being quantized cannot be "
+                "offloaded to: quantize and save it, then load it with this device_map"
+            )
         self._device_map = device_map
         return {"": "cpu"}
 
@@ -60,11 +67,18 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
+            if is_tensor_parallel(model):
+                raise ValueError(
+                    "tp_plan needs a model that is quantized already: quantize and save it in one "
+                    "process, then load it with tp_plan"
+                )
             # Everything that can be wrong with the request is found before the weights are read.
             # (Transformers calls this with meta as the default device.)
             with torch.device("cpu"):
                 self._run = prepare(model, self.quantization_config)
             return model
+        if is_tensor_parallel(model) and self.quantization_config.dequantize:
+            raise ValueError("dequantize=True cannot be used with tp_plan")
         records = self.quantization_config.records
         expand.expand(model, _prefixes(records).__contains__)
         for name, record in records.items():
@@ -89,21 +103,29 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
         forget_ties(model, records)
         if kwargs.get("checkpoint_files"):
             check_files(kwargs["checkpoint_files"], records)
+        if is_tensor_parallel(model):
+            _tensor_parallel().use_our_styles(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            for name, record in self.quantization_config.records.items():
+            records = self.quantization_config.records
+            parts: set[str] = set()
+            if is_tensor_parallel(model):
+                parts = _tensor_parallel().localize(model, records)
+            mapped = MappedFiles()
+            for name, record in records.items():
                 layer = model.get_submodule(name)
                 detach_weight(layer)
                 layer.requires_grad_(False)
+                layer.align(mapped)  # first: what reads a mapped tensor leaves it in memory
                 layer.check(f"{name}.")
-                layer.align()
-                if layer.nnz != record.nnz:
-                    raise ValueError(
-                        f"{name}.values must be [nnz={record.nnz}] as config.json says, "
-                        f"got [{layer.nnz}]"
-                    )
+                if name not in parts:
+                    check_nnz(layer.nnz, record, name)
+            if parts:
+                self._prepare_layers(model)
+                saving.refuse(model, "a model loaded with tp_plan holds a part of each layer")
+                return model
             if self.quantization_config.dequantize:
                 return self._dequantize(model)
         else:
@@ -125,14 +147,28 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
 
     def attach(self, model: Any) -> None:
         """Take charge of a model whose layers are quantized."""
-        set_backend(model, self.quantization_config.backend)
-        self._has_experts = any(isinstance(module, Experts) for module in model.modules())
+        self._prepare_layers(model)
         saving.attach(model)
 
+    def _prepare_layers(self, model: Any) -> None:
+        set_backend(model, self.quantization_config.backend)
+        self._has_experts = any(isinstance(module, Experts) for module in model.modules())
+
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if is_tensor_parallel(model):
+            raise ValueError(
+                "a model loaded with tp_plan holds a part of each layer and cannot be dequantized"
+            )
+        names = list(self.quantization_config.records)
+        for name in names:
+            if any(tensor.is_meta for tensor in model.get_submodule(name).parameters()):
+                raise ValueError(
+                    f"{name} is offloaded and cannot be dequantized: load the model without "
+                    "offload (device_map=None) to dequantize it"
+                )
         if not isinstance(dtype, torch.dtype):
             dtype = model.dtype  # save_pretrained turns the config's dtype into a string
-        for name in list(self.quantization_config.records):
+        for name in names:
             layer = model.get_submodule(name)
             if isinstance(layer, SqueezeLLMLinear):
                 model.set_submodule(name, layer.to_linear(dtype))
@@ -174,6 +210,11 @@ def _prefixes(names: Iterable[str]) -> set[str]:
     """The names, and those of all modules around them."""
     parts = [name.split(".") for name in names]
     return {".".join(part[:count]) for part in parts for count in range(1, len(part) + 1)}
+
+
+def _tensor_parallel() -> Any:
+    """The module, imported where it is used: a torch without distributed has not what it needs."""
+    return importlib.import_module("squeezellm_hf.integration.tensor_parallel")
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

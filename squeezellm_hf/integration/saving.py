@@ -34,6 +34,15 @@ def detach(model: Any) -> None:
         model.__dict__.pop(name, None)
 
 
+def refuse(model: Any, reason: str) -> None:
+    """Have both methods raise ValueError: what they would write is not the model."""
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(f"{reason}: load it in one process, without tp_plan, to save it")
+
+    model.save_pretrained = model.push_to_hub = refused
+
+
 def save_pretrained(
     self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> None:

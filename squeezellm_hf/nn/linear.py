@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from squeezellm_hf.formats import csr, packing
+from squeezellm_hf.nn.mapped import MappedFiles
 from squeezellm_hf.nn.weight import DequantizedWeight
 from squeezellm_hf.ops import lut_dequantize, lut_linear
 
@@ -231,14 +232,18 @@ class SqueezeLLMLinear(nn.Module):
                 prefix=prefix,
             )
 
-    def align(self) -> None:
+    def align(self, mapped: MappedFiles | None = None) -> None:
         """Copy ``qweight`` if it does not start on a cache line.
 
         Safetensors maps a file as it lies; the CPU kernels read rows whose length is a power of two
         up to 2.7 times slower where every vector straddles two lines.
+
+        Args:
+            mapped: the files that the tensors may lie in, right after they were mapped.
         """
         if self.qweight.data_ptr() % CACHE_LINE_BYTES:
-            self.qweight.data = self.qweight.data.clone()
+            tensor = self.qweight.data
+            self.qweight.data = tensor.clone() if mapped is None else mapped.copy(tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SqueezeLLMLinear":
         """Follow a change of device; of all tensors, only the bias follows a change of dtype."""
