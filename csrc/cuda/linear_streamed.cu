@@ -96,7 +96,7 @@ __device__ void serve(Shared<T, kBits, kBatch, kBuffers>& shared, const LinearCa
       wait(shared.sums_empty[buffer], parity ^ 1);
       sparse.multiply(shared.sums[buffer][kWarps + warp]);
       __syncwarp();
-      if (lane == 0) arrive(shared.sums_full[buffer]);
+      if (lane < kArrivingLanes) arrive(shared.sums_full[buffer]);
       sparse.load_first();
       sparse.load_rows(tile + 2 * step);
     }
@@ -110,7 +110,7 @@ __device__ void serve(Shared<T, kBits, kBatch, kBuffers>& shared, const LinearCa
       wait(shared.sums_full[buffer], parity);
       write_y<T, kBatch>(shared.sums[buffer], call, tile, turn * kWarpLanes + lane);
       __syncwarp();
-      if (lane == 0) arrive(shared.sums_empty[buffer]);
+      if (lane < kArrivingLanes) arrive(shared.sums_empty[buffer]);
     }
   }
 }
@@ -130,7 +130,7 @@ __device__ void load_x(unsigned char* x, uint64_t& x_full, const LinearCall& cal
           i < pieces ? load_uncached(source + i) : make_uint4(0, 0, 0, 0);
   }
   __syncwarp();
-  if (threadIdx.x % kWarpLanes == 0) arrive(x_full);
+  if (threadIdx.x % kWarpLanes < kArrivingLanes) arrive(x_full);
   wait(x_full, 0);
 }
 
@@ -192,7 +192,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const
         for (int i = 0; i < U::kLaneLoads; ++i)
           load_words<U::kLoadBytes>(words[h] + i * U::kLoadBytes / 4, source + h * 8 * kBoxRowBytes + word_offsets[i]);
       __syncwarp();
-      if (lane == 0) arrive(shared.empty[slot.index]);
+      if (lane < kArrivingLanes) arrive(shared.empty[slot.index]);
       const int x_offset = stage * U::kStageWeights * 2;
 #pragma unroll
       for (int i = 0; i < U::kGroups; ++i)
@@ -215,7 +215,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const
     }
     stage -= plan.stages;
     __syncwarp();
-    if (lane == 0) arrive(shared.tables_empty[table]);
+    if (lane < kArrivingLanes) arrive(shared.tables_empty[table]);
 
     // A warp's sums over its columns' slices.
     wait(shared.sums_empty[buffer], parity ^ 1);
@@ -235,7 +235,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kBuffers>& shared, const
       if (n + 1 < kBatch) shared.sums[buffer][warp][n + 1][row] = odd;
     }
     __syncwarp();
-    if (lane == 0) arrive(shared.sums_full[buffer]);
+    if (lane < kArrivingLanes) arrive(shared.sums_full[buffer]);
   }
 }
 
@@ -252,17 +252,18 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.ring; ++i) {
       initialize_barrier(shared.full[i], 1);
-      initialize_barrier(shared.empty[i], kStageWarps);
+      initialize_barrier(shared.empty[i], kStageWarps * kArrivingLanes);
     }
     for (int i = 0; i < kBuffers; ++i) {
-      initialize_barrier(shared.tables_full[i], kServiceWarps);
-      initialize_barrier(shared.tables_empty[i], kWarps);
+      initialize_barrier(shared.tables_full[i], kServiceWarps * kArrivingLanes);
+      initialize_barrier(shared.tables_empty[i], kWarps * kArrivingLanes);
     }
     for (int i = 0; i < kSumBuffers; ++i) {
-      initialize_barrier(shared.sums_full[i], kWarps + (call.weight.crow_indices != nullptr ? kServiceWarps : 0));
-      initialize_barrier(shared.sums_empty[i], kFinishWarps<kBatch>);
+      const int sum_warps = kWarps + (call.weight.crow_indices != nullptr ? kServiceWarps : 0);
+      initialize_barrier(shared.sums_full[i], sum_warps * kArrivingLanes);
+      initialize_barrier(shared.sums_empty[i], kFinishWarps<kBatch> * kArrivingLanes);
     }
-    initialize_barrier(shared.x_full, kWarps);
+    initialize_barrier(shared.x_full, kWarps * kArrivingLanes);
     fence_barriers();
   }
   __syncthreads();

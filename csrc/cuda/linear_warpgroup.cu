@@ -22,7 +22,7 @@
 namespace squeezellm_hf::cuda::warpgroup {
 namespace {
 
-constexpr int kStageColumns = 64;    // a line of 128 bytes
+constexpr int kStageColumns = 64;  // a line of 128 bytes
 constexpr int kStagesPerPacked = kPackedColumns / kStageColumns;
 // Where threads start with too few registers for the sums: what 256 of each kind then have.
 constexpr int kProductRegisters = 160;
@@ -90,8 +90,8 @@ template <class Tile>
 __device__ __forceinline__ void initialize_barriers(Shared<Tile>& shared) {
   constexpr int kProductWarps = Tile::kProductThreads / kWarpLanes;
   for (int i = 0; i < Tile::kSlots; ++i) {
-    initialize_barrier(shared.ready[i], Tile::kPartWarps + 1);  // the other one announces x
-    initialize_barrier(shared.free[i], kProductWarps);
+    initialize_barrier(shared.ready[i], Tile::kPartWarps * kArrivingLanes + 1);  // the other one announces x
+    initialize_barrier(shared.free[i], kProductWarps * kArrivingLanes);
   }
   for (auto& slots : shared.packed_ready)
     for (auto& barrier : slots) initialize_barrier(barrier, 1);
@@ -215,7 +215,7 @@ __device__ __forceinline__ void dequantize_rows(const LutWeight& weight, bool co
       }
       publish_shared();
       __syncwarp();
-      if (lane == 0) arrive(ready);
+      if (lane < kArrivingLanes) arrive(ready);
     }
     if (lane == 0 && tile + Tile::kPackedSlots < tiles) request_packed(tile + Tile::kPackedSlots, packed_place.slot);
   }
@@ -226,7 +226,7 @@ __device__ __forceinline__ void dequantize_rows(const LutWeight& weight, bool co
 // made beforehand: this loop's instructions are what the tensor core waits for.
 template <class Tile, int kGroup>
 __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, Shared<Tile>& shared, int stages) {
-  const bool first_lane = threadIdx.x % kWarpLanes == 0;
+  const bool arrives = threadIdx.x % kWarpLanes < kArrivingLanes;
   const uint32_t ready = shared_address(shared.ready);
   const uint32_t free = shared_address(shared.free);
   constexpr int kLineBytes = kStageColumns * 2;
@@ -251,7 +251,7 @@ __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, Share
                                          right + slot + (i * kProductLines * kLineBytes + k * 2) / 16);
     commit_products();
     wait_for_products<1>();
-    if (stage > 0 && first_lane) arrive_at(free + last_slot * kBarrierBytes);
+    if (stage > 0 && arrives) arrive_at(free + last_slot * kBarrierBytes);
     last_slot = place.slot;
   }
   wait_for_products<0>();

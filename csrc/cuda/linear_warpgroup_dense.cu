@@ -33,6 +33,9 @@ struct DenseTile {
   static constexpr int kSlots = kBatch <= 64 ? 4 : kBatch <= 128 ? 5 : 3;
   static constexpr int kBlocks = kBatch <= 64 ? 2 : 1;  // of a multiprocessor
   static constexpr int kProductRegisters = kBlocks == 2 ? 104 : 240;
+  // Chunks that the tensor core may still be at when the next one is looked up. With three, the compiler no longer
+  // sees that the registers are free, and serializes the products (C7513).
+  static constexpr int kPending = kBatch <= 64 ? 2 : 1;
   // What a warp writes at once lies in different banks.
   static constexpr int kSumStride = kRows + 4;
 
@@ -45,6 +48,8 @@ struct alignas(1024) DenseSlot {
   unsigned char packed[kRows][kPackedRowBytes<Tile::kBits>];
 };
 
+// A slot is asked for again once all warps have freed it, and every warp waits for every stage: no barrier is ever
+// more than the phase waited for ahead or behind, so that its parity tells them apart.
 template <class Tile>
 struct DenseShared {
   DenseSlot<Tile> slots[Tile::kSlots];
@@ -54,22 +59,30 @@ struct DenseShared {
 
 #ifdef SQUEEZELLM_HF_WGMMA
 
-// By one thread: all stages of the block.
+// By one thread: all stages of the block. The first ones' indices are asked for before the kernel before is done.
 template <class Tile>
 __device__ __forceinline__ void request_stages(const CUtensorMap& packed_map, const CUtensorMap& x_map,
                                                DenseShared<Tile>& shared, int row, int batch, int first_stage,
                                                int stages) {
   constexpr uint32_t kBytes = sizeof(shared.slots[0].x) + sizeof(shared.slots[0].packed);
+  const auto request_packed = [&](int stage, int slot) {
+    arrive_expecting(shared.ready[slot], kBytes);
+    copy_tile(shared.slots[slot].packed, packed_map, (first_stage + stage) * (kPackedRowBytes<Tile::kBits> / 4), row,
+              shared.ready[slot]);
+  };
+  const int early = min(Tile::kSlots, stages);
+  for (int i = 0; i < early; ++i) request_packed(i, i);
+  wait_for_last_kernel();
   Place<Tile::kSlots> place;
-  for (int stage = first_stage; stage < first_stage + stages; ++stage, place.advance(1)) {
-    DenseSlot<Tile>& slot = shared.slots[place.slot];
-    uint64_t& ready = shared.ready[place.slot];
-    wait(shared.free[place.slot], place.parity ^ 1);
-    arrive_expecting(ready, kBytes);
-    copy_tile(slot.packed, packed_map, stage * (kPackedRowBytes<Tile::kBits> / 4), row, ready);
+  for (int stage = 0; stage < stages; ++stage, place.advance(1)) {
+    if (stage >= early) {
+      wait(shared.free[place.slot], place.parity ^ 1);
+      request_packed(stage, place.slot);
+    }
 #pragma unroll
     for (int i = 0; i < kStageColumns / kLineColumns; ++i)
-      copy_tile(slot.x[i], x_map, stage * kStageColumns + i * kLineColumns, batch, ready);
+      copy_tile(shared.slots[place.slot].x[i], x_map, (first_stage + stage) * kStageColumns + i * kLineColumns, batch,
+                shared.ready[place.slot]);
   }
 }
 
@@ -102,7 +115,7 @@ __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, const
 #pragma unroll
     for (int h = 0; h < 2; ++h) load_chunk<kBits>(words[h], shared.slots[slot].packed[0], row + 8 * h, chunk);
   };
-  uint32_t fragments[2][kSteps][4];
+  uint32_t fragments[kChunks][kSteps][4];
   const auto look_up_chunk = [&](int buffer) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
@@ -135,16 +148,17 @@ __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, const
           const int column = chunk * kChunkColumns + step * kProductDepth;
           const int offset = column / kLineColumns * static_cast<int>(sizeof(shared.slots[0].x[0])) +
                              i * kProductLines * kLineBytes + column % kLineColumns * 2;
-          multiply_fragment<T>(sums[i], fragments[chunk % 2][step], slot + offset / 16);
+          multiply_fragment<T>(sums[i], fragments[chunk][step], slot + offset / 16);
         }
       commit_products();
-      // Those of the chunk before are done: its registers, and with the first chunk the last stage's slot.
-      wait_for_products<1>();
-      if (chunk == 0 && stage > 0) {
+      // All but the last few chunks' products are done: the next chunk's registers are free, and at one of the
+      // chunks the last stage's slot.
+      wait_for_products<Tile::kPending>();
+      if (chunk + 1 == Tile::kPending && stage > 0) {
         __syncwarp();  // all lanes have read the indices
-        if (lane == 0) arrive_at(free + last_slot * kBarrierBytes);
+        if (lane < kArrivingLanes) arrive_at(free + last_slot * kBarrierBytes);
       }
-      look_up_chunk((chunk + 1) % 2);
+      look_up_chunk((chunk + 1) % kChunks);
       if (chunk + 2 < kChunks) {
         load(place.slot, chunk + 2);
       } else if (more) {
@@ -197,7 +211,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kSlots; ++i) {
       initialize_barrier(shared.ready[i], 1);
-      initialize_barrier(shared.free[i], Tile::kProductThreads / kWarpLanes);
+      initialize_barrier(shared.free[i], Tile::kProductThreads / kWarpLanes * kArrivingLanes);
     }
     fence_barriers();
   }
@@ -206,9 +220,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     prefetch_map(x_map);
   }
   __syncthreads();
-  wait_for_last_kernel();
 
   if (threadIdx.x < Tile::kProductThreads) {
+    wait_for_last_kernel();
     multiply(call, shared, first_row, first_batch, slice_stages);
   } else {
     give_up_registers<kCopyRegisters>();
@@ -240,29 +254,46 @@ cudaError_t launch(const LinearCall& call, const DensePlan& plan) {
                          batch_tiles);
 }
 
-// Tiles that kernels are compiled for, how many blocks share a multiprocessor, and the clocks that a stage of 128
-// columns then takes: measured.
+// What a block takes, in nanoseconds: for its first loads and the sums' way to y, and for each stage. Measured on an
+// H200, by bits (2 to 4), alone on a multiprocessor and beside another block.
+struct Cost {
+  int start;
+  int stage;
+};
 struct TileShape {
   int batch;
-  int blocks;
-  int stage_clocks;
+  Cost alone[3];
+  Cost beside[3];
 };
-constexpr TileShape kTileShapes[] = {{64, 2, 2000}, {128, 1, 1250}, {256, 1, 2300}};
+constexpr TileShape kTileShapes[] = {
+    {64, {{3510, 620}, {3300, 700}, {3020, 820}}, {{4170, 1110}, {4250, 1300}, {3980, 1470}}},
+    {128, {{5310, 720}, {5390, 840}, {5460, 930}}, {}},
+    {256, {{7050, 1270}, {7170, 1280}, {7340, 1320}}, {}},
+};
 
-// The division that takes the fewest clocks, by that measure.
+// Nanoseconds that `blocks` blocks of `stages` stages take on a device that holds `resident` of them, one each
+// multiprocessor: rounds of as many as it holds, then the rest.
+int64_t time_of(const TileShape& shape, int bits, int64_t blocks, int stages, int resident, int resident_beside) {
+  const auto time = [stages](Cost cost) { return int64_t{stages} * cost.stage + cost.start; };
+  const int64_t alone = time(shape.alone[bits - 2]);
+  if (shape.beside[0].stage == 0) return (blocks + resident - 1) / resident * alone;
+  const int64_t beside = time(shape.beside[bits - 2]);
+  const int64_t rest = blocks % resident_beside;
+  return blocks / resident_beside * beside + (rest == 0 ? 0 : rest <= resident ? alone : beside);
+}
+
+// The division that takes the least time, by that measure.
 DensePlan make_plan(const LinearCall& call) {
-  constexpr int kStartClocks = 6000;  // of a block: the first loads, the sums' way to y
   DensePlan best{};
   int64_t least = INT64_MAX;
   for (const TileShape& shape : kTileShapes) {
     const int64_t tiles = int64_t{divide_up(call.weight.out_features, kRows)} * divide_up(call.batch, shape.batch);
     for (int slices = 1; slices <= kMostSlices; ++slices) {
       const int slice_stages = divide_up(divide_up(call.weight.in_features, kStageColumns), slices);
-      const int resident = resident_blocks(call, slices) * shape.blocks;
-      const int64_t rounds = (tiles * slices + resident - 1) / resident;
-      const int64_t clocks = rounds * (int64_t{slice_stages} * shape.stage_clocks + kStartClocks);
-      if (clocks >= least) continue;
-      least = clocks;
+      const int64_t time = time_of(shape, call.weight.bits, tiles * slices, slice_stages, resident_blocks(call, slices),
+                                   resident_pairs(call, slices));
+      if (time >= least) continue;
+      least = time;
       best = {shape.batch, slices, slice_stages};
     }
   }

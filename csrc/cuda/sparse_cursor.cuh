@@ -91,16 +91,27 @@ struct SparseCursor {
   }
 
  private:
-  __device__ __forceinline__ uint32_t buffered(const uint4 (&chunks)[2][kThreads]) const {
+  // The next entry's, zero unless it is there. A predicate in its own right: the compiler would make a branch.
+  __device__ __forceinline__ uint32_t buffered(const uint4 (&chunks)[2][kThreads], bool there) const {
     const auto* chunk = reinterpret_cast<const uint16_t*>(&chunks[entry / kChunkEntries % 2][thread]);
-    return chunk[entry % kChunkEntries];
+    uint16_t value;
+    asm volatile(
+        "{.reg .pred there;\n"
+        "setp.ne.u32 there, %2, 0;\n"
+        "mov.u16 %0, 0;\n"
+        "@there ld.shared.u16 %0, [%1];}"
+        : "=h"(value)
+        : "r"(shared_address(chunk + entry % kChunkEntries)), "r"(static_cast<uint32_t>(there))
+        : "memory");
+    return value;
   }
 
   __device__ __forceinline__ void load_entry() {
     const bool present = entry < end;
-    int next = min(static_cast<int>(buffered(buffer.columns)), weight.in_features - 1);
-    value_bits = buffered(buffer.values);
-    if (present && entry >= copied) {
+    const bool here = entry < copied;  // else the buffer holds another chunk, or this one is on its way
+    int next = min(static_cast<int>(buffered(buffer.columns, here)), weight.in_features - 1);
+    value_bits = buffered(buffer.values, here);
+    if (present && !here) {
       next = sparse_column(weight, entry);
       value_bits = load_bits(weight.values, weight.values_dtype, entry);
     }

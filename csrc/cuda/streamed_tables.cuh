@@ -105,7 +105,7 @@ __device__ void fill_tables(Shared<T, kBits, kBatch, kBuffers>& shared, const Ta
     }
   }
   __syncwarp();
-  if (lane == 0) arrive(shared.tables_full[buffer]);
+  if (lane < kArrivingLanes) arrive(shared.tables_full[buffer]);
 }
 
 #endif

@@ -25,10 +25,10 @@ cudaError_t make_packed_map(const LutWeight& weight, uint32_t rows, CUtensorMap&
                             : kBits == 3 ? CU_TENSOR_MAP_SWIZZLE_NONE
                                          : CU_TENSOR_MAP_SWIZZLE_32B;
   const auto words = static_cast<uint64_t>(weight.words_per_row);
-  return make_tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.qweight, words,
-                          static_cast<uint64_t>(weight.out_features), words * 4, kPackedRowBytes<kBits> / 4, rows,
-                          kSwizzle},
-                         map);
+  return make_tensor_map(
+      {CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.qweight, words, static_cast<uint64_t>(weight.out_features), words * 4,
+       kPackedRowBytes<kBits> / 4, rows, kSwizzle},
+      map);
 }
 
 // The tensor map of activations: tiles of `lines` lines of 64 columns, as matrix_descriptor wants them.
@@ -39,12 +39,21 @@ inline cudaError_t make_x_map(const LinearCall& call, uint32_t lines, CUtensorMa
                          map);
 }
 
-// Blocks, one a multiprocessor, that the device holds at a time in clusters of `slices`: the groups in which the
-// 132 multiprocessors of an H100 or H200 are made hold whole clusters only.
-inline int resident_blocks(const LinearCall& call, int slices) {
+// Blocks that the device holds at a time in clusters of `slices`, given what 132 multiprocessors (of an H100 or
+// H200) hold: the groups in which these are made hold whole clusters only.
+inline int held_blocks(const LinearCall& call, int slices, const int (&held)[kMostSlices + 1]) {
   constexpr int kMultiprocessors = 132;
-  constexpr int kResident[kMostSlices + 1] = {0, 132, 132, 117, 120, 110, 102, 105, 120};
-  return std::max(slices, kResident[slices] * call.multiprocessors / kMultiprocessors);
+  return std::max(slices, held[slices] * call.multiprocessors / kMultiprocessors);
+}
+
+// One block a multiprocessor.
+inline int resident_blocks(const LinearCall& call, int slices) {
+  return held_blocks(call, slices, {0, 132, 132, 117, 120, 110, 102, 105, 120});
+}
+
+// Two blocks a multiprocessor.
+inline int resident_pairs(const LinearCall& call, int slices) {
+  return held_blocks(call, slices, {0, 264, 264, 234, 240, 220, 204, 224, 240});
 }
 
 // Launches a kernel in clusters of `slices` blocks, so that it may start while the one before it ends.

@@ -84,7 +84,7 @@ __device__ void multiply_fragment(float (&sums)[16][4], const uint32_t (&a)[4], 
 MULTIPLY_GROUP(__half, "f16")
 MULTIPLY_GROUP(__nv_bfloat16, "bf16")
 
-#define MULTIPLY_FRAGMENT(type, name)                                                                                  \
+#define MULTIPLY_FRAGMENT(type, name)                                                                                 \
   template <>                                                                                                         \
   __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[8][4], const uint32_t (&a)[4], uint64_t b) {  \
     asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name  \
