@@ -46,6 +46,14 @@ __device__ __forceinline__ void initialize_barrier(uint64_t& barrier, int arriva
 // Makes initialized barriers visible to the copy engine and to other blocks of the cluster.
 __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// Lanes of a warp that arrive when the warp is done: after __syncwarp() one arrives for all. Racecheck does not follow
+// that, and is given all lanes' arrivals.
+#ifdef SQUEEZELLM_HF_SANITIZE
+constexpr int kArrivingLanes = kWarpLanes;
+#else
+constexpr int kArrivingLanes = 1;
+#endif
+
 __device__ __forceinline__ void arrive(uint64_t& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }

@@ -49,17 +49,18 @@ __device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps>& shared, co
   using D = Duties<kWarps>;
   for (int i = 0; i < plan.ring; ++i) {
     initialize_barrier(shared.full[i], 1);
-    initialize_barrier(shared.empty[i], kStageWarps);
+    initialize_barrier(shared.empty[i], kStageWarps * kArrivingLanes);
   }
   for (int i = 0; i < kTableBuffers; ++i) {
-    initialize_barrier(shared.tables_full[i], D::kFillWarps);
-    initialize_barrier(shared.tables_empty[i], kWarps);
+    initialize_barrier(shared.tables_full[i], D::kFillWarps * kArrivingLanes);
+    initialize_barrier(shared.tables_empty[i], kWarps * kArrivingLanes);
   }
   for (int i = 0; i < kSumBuffers; ++i) {
-    initialize_barrier(shared.sums_full[i], kWarps + (call.weight.crow_indices != nullptr ? D::kSumWarps : 0));
-    initialize_barrier(shared.sums_empty[i], 1);
+    const int sum_warps = kWarps + (call.weight.crow_indices != nullptr ? D::kSumWarps : 0);
+    initialize_barrier(shared.sums_full[i], sum_warps * kArrivingLanes);
+    initialize_barrier(shared.sums_empty[i], kArrivingLanes);
   }
-  initialize_barrier(shared.x_full, kWarps);
+  initialize_barrier(shared.x_full, kWarps * kArrivingLanes);
   fence_barriers();
 }
 

@@ -17,17 +17,13 @@
 #include "dispatch.h"
 #include "row_table.cuh"
 #include "sparse_cursor.cuh"
-#include "tensor_copy.cuh"
-#include "wgmma.cuh"
+#include "warpgroup_tile.cuh"
 
-namespace squeezellm_hf::cuda {
+namespace squeezellm_hf::cuda::warpgroup {
 namespace {
 
-constexpr int kRows = 128;           // of a block
-constexpr int kStageColumns = 64;    // a line of 128 bytes
-constexpr int kPackedColumns = 128;  // of a tile of packed indices
+constexpr int kStageColumns = 64;  // a line of 128 bytes
 constexpr int kStagesPerPacked = kPackedColumns / kStageColumns;
-constexpr int kMostSlices = 8;  // blocks of a portable cluster
 // Where threads start with too few registers for the sums: what 256 of each kind then have.
 constexpr int kProductRegisters = 160;
 constexpr int kDequantizeRegisters = 96;
@@ -52,8 +48,11 @@ struct Tile {
   static constexpr bool kMovesRegisters = kProducts > 1;
 
   static constexpr int kSlots = kBatch <= 64 ? 5 : kBatch <= 128 ? 4 : 3;
+  // A part waits for a slot to be free after it has waited for the stage kParts before: by then, all before that
+  // one less kSlots are free, and so the parity tells the phase waited for from the one two before.
+  static_assert(kParts <= kSlots);
   static constexpr int kPackedSlots = kBatch <= 128 ? 2 : 3;
-  static constexpr int kPackedRowBytes = kPackedColumns * kBits / 8;
+  static constexpr int kPackedRowBytes = warpgroup::kPackedRowBytes<kBits>;
   // Of the sums in shared memory: what a warp writes at once lies in different banks.
   static constexpr int kSumStride = kWeightsRight ? kRows + 8 : kRows + 4;
 
@@ -87,38 +86,16 @@ struct Work {
 
 #ifdef SQUEEZELLM_HF_WGMMA
 
-// A place in a ring of buffers: the next one, and the parity of the phase in which it becomes ready.
-template <int kSlots>
-struct Place {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance(int steps) {  // at most kSlots
-    slot += steps;
-    if (slot < kSlots) return;
-    slot -= kSlots;
-    parity ^= 1;
-  }
-};
-
 template <class Tile>
 __device__ __forceinline__ void initialize_barriers(Shared<Tile>& shared) {
   constexpr int kProductWarps = Tile::kProductThreads / kWarpLanes;
   for (int i = 0; i < Tile::kSlots; ++i) {
-    initialize_barrier(shared.ready[i], Tile::kPartWarps + 1);  // the other one announces x
-    initialize_barrier(shared.free[i], kProductWarps);
+    initialize_barrier(shared.ready[i], Tile::kPartWarps * kArrivingLanes + 1);  // the other one announces x
+    initialize_barrier(shared.free[i], kProductWarps * kArrivingLanes);
   }
   for (auto& slots : shared.packed_ready)
     for (auto& barrier : slots) initialize_barrier(barrier, 1);
   fence_barriers();
-}
-
-// Where the copy engine puts a 16-byte chunk of a row of packed indices: eight rows' chunks in different banks.
-template <int kBits>
-__device__ __forceinline__ int packed_chunk(int row, int chunk) {
-  if constexpr (kBits == 4) return chunk ^ row / 2 % 4;
-  if constexpr (kBits == 2) return chunk ^ row / 4 % 2;
-  return chunk;
 }
 
 // The indices of 64 columns of a row, the first or the second ones of a packed tile.
@@ -238,7 +215,7 @@ __device__ __forceinline__ void dequantize_rows(const LutWeight& weight, bool co
       }
       publish_shared();
       __syncwarp();
-      if (lane == 0) arrive(ready);
+      if (lane < kArrivingLanes) arrive(ready);
     }
     if (lane == 0 && tile + Tile::kPackedSlots < tiles) request_packed(tile + Tile::kPackedSlots, packed_place.slot);
   }
@@ -249,7 +226,7 @@ __device__ __forceinline__ void dequantize_rows(const LutWeight& weight, bool co
 // made beforehand: this loop's instructions are what the tensor core waits for.
 template <class Tile, int kGroup>
 __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, Shared<Tile>& shared, int stages) {
-  const bool first_lane = threadIdx.x % kWarpLanes == 0;
+  const bool arrives = threadIdx.x % kWarpLanes < kArrivingLanes;
   const uint32_t ready = shared_address(shared.ready);
   const uint32_t free = shared_address(shared.free);
   constexpr int kLineBytes = kStageColumns * 2;
@@ -274,77 +251,10 @@ __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, Share
                                          right + slot + (i * kProductLines * kLineBytes + k * 2) / 16);
     commit_products();
     wait_for_products<1>();
-    if (stage > 0 && first_lane) arrive_at(free + last_slot * kBarrierBytes);
+    if (stage > 0 && arrives) arrive_at(free + last_slot * kBarrierBytes);
     last_slot = place.slot;
   }
   wait_for_products<0>();
-}
-
-// Lays a warpgroup's sums out as [batch][row].
-template <class Tile>
-__device__ __forceinline__ void store_sums(float* target, const typename Tile::Sums& sums) {
-  const int lane = threadIdx.x % kWarpLanes;
-  const int left_line = threadIdx.x / kWarpLanes * 16 + lane / 4;
-  const int right_line = lane % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < Tile::kRightLines / 8; ++n)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int left = left_line + h * 8;
-      const int right = n * 8 + right_line;
-      const float* pair = &sums[n * 8 / kProductLines][n % (kProductLines / 8)][2 * h];
-      if constexpr (Tile::kWeightsRight) {
-        *reinterpret_cast<float2*>(target + left * Tile::kSumStride + right) = {pair[0], pair[1]};
-      } else {
-        target[right * Tile::kSumStride + left] = pair[0];
-        target[(right + 1) * Tile::kSumStride + left] = pair[1];
-      }
-    }
-}
-
-// Four neighbouring outputs; `row` is a multiple of 4.
-template <class T>
-__device__ __forceinline__ void store_outputs(const LinearCall& call, int batch, int row, float4 sum) {
-  const int out_features = call.weight.out_features;
-  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-  __align__(8) T values[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool biased = call.bias != nullptr && row + i < out_features;
-    values[i] = from_float<T>(sums[i] + (biased ? load_float(call.bias, call.bias_dtype, row + i) : 0.0f));
-  }
-  T* y = static_cast<T*>(call.y) + int64_t{batch} * out_features + row;
-  if (out_features % 4 == 0) {
-    if (row < out_features) *reinterpret_cast<uint2*>(y) = *reinterpret_cast<const uint2*>(values);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (row + i < out_features) y[i] = values[i];
-  }
-}
-
-// A block's share of the outputs: the sums of all blocks of the cluster, in their order.
-template <class Tile>
-__device__ __forceinline__ void add_slices(const LinearCall& call, const float* sums, const Work& work) {
-  constexpr int kRowQuads = kRows / 4;
-  const int slices = cluster_size();
-  const int lines = min(Tile::kBatch, call.batch - work.first_batch);
-  const uint32_t own = shared_address(sums);
-  for (int i = cluster_rank() * Tile::kProductThreads + threadIdx.x; i < lines * kRowQuads;
-       i += slices * Tile::kProductThreads) {
-    const int line = i / kRowQuads;
-    const int tile_row = i % kRowQuads * 4;
-    const uint32_t address = own + (line * Tile::kSumStride + tile_row) * sizeof(float);
-    float4 loaded[kMostSlices];
-#pragma unroll
-    for (int s = 0; s < kMostSlices; ++s)
-      if (s < slices) loaded[s] = load_from_block(address_in_block(address, s));
-    float4 sum = {0, 0, 0, 0};
-#pragma unroll
-    for (int s = 0; s < kMostSlices; ++s)
-      if (s < slices) sum.x += loaded[s].x, sum.y += loaded[s].y, sum.z += loaded[s].z, sum.w += loaded[s].w;
-    store_outputs<typename Tile::T>(call, work.first_batch + line, work.first_row + tile_row, sum);
-  }
 }
 
 // What a warpgroup does. The group is known at compile time: the tensor core takes addresses from
@@ -358,9 +268,9 @@ __device__ __forceinline__ void multiply(const LinearCall& call, Shared<Tile>& s
   static_assert(Tile::kBatch * Tile::kSumStride * sizeof(float) <= sizeof(shared.slots));
   synchronize(1, Tile::kProductThreads);
   float* slice_sums = reinterpret_cast<float*>(shared.slots);
-  store_sums<Tile>(slice_sums, sums);
+  store_sums<Tile::kWeightsRight, Tile::kSumStride>(slice_sums, sums);
   synchronize_cluster();
-  add_slices<Tile>(call, slice_sums, work);
+  add_slices<Tile>(call, slice_sums, work.first_row, work.first_batch);
   synchronize_cluster();
 }
 
@@ -404,51 +314,19 @@ struct Plan {
 };
 
 template <class Tile>
-cudaError_t make_maps(const LinearCall& call, CUtensorMap& packed_map, CUtensorMap& x_map) {
-  const LutWeight& weight = call.weight;
-  constexpr auto kSwizzle = Tile::kBits == 4   ? CU_TENSOR_MAP_SWIZZLE_64B
-                            : Tile::kBits == 3 ? CU_TENSOR_MAP_SWIZZLE_NONE
-                                               : CU_TENSOR_MAP_SWIZZLE_32B;
-  const auto columns = static_cast<uint64_t>(weight.in_features);
-  const auto words = static_cast<uint64_t>(weight.words_per_row);
-  const cudaError_t error = make_tensor_map(
-      {CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.qweight, words, static_cast<uint64_t>(weight.out_features), words * 4,
-       Tile::kPackedRowBytes / 4, kWarpLanes, kSwizzle},
-      packed_map);
-  if (error != cudaSuccess) return error;
-  return make_tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT16, call.x, columns, static_cast<uint64_t>(call.batch),
-                          columns * 2, kStageColumns, Tile::kBatch, CU_TENSOR_MAP_SWIZZLE_128B},
-                         x_map);
-}
-
-int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-template <class Tile>
 cudaError_t launch(const LinearCall& call, const Plan& plan) {
   CUtensorMap packed_map;
   CUtensorMap x_map;
-  cudaError_t error = make_maps<Tile>(call, packed_map, x_map);
+  cudaError_t error = make_packed_map<Tile::kBits>(call.weight, kWarpLanes, packed_map);
   if (error != cudaSuccess) return error;
-  const auto kernel = warpgroup_kernel<Tile>;
-  constexpr int kSharedBytes = sizeof(Shared<Tile>);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  error = make_x_map(call, Tile::kBatch, x_map);
   if (error != cudaSuccess) return error;
   const int batch_tiles = divide_up(call.batch, Tile::kBatch);
   const int row_tiles = divide_up(call.weight.out_features, kRows);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(plan.slices), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(row_tiles * batch_tiles * plan.slices));
-  config.blockDim = dim3(Tile::kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = call.stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
   const bool copies_entries = call.weight.crow_indices != nullptr && can_copy_entries(call.weight);
-  return cudaLaunchKernelEx(&config, kernel, packed_map, x_map, call, plan.part_stages, batch_tiles, copies_entries);
+  return launch_clusters(warpgroup_kernel<Tile>, row_tiles * batch_tiles, plan.slices, Tile::kThreads,
+                         sizeof(Shared<Tile>), call.stream, packed_map, x_map, call, plan.part_stages, batch_tiles,
+                         copies_entries);
 }
 
 // Tiles that kernels are compiled for, and the clocks that a stage of 64 columns takes: measured.
@@ -458,11 +336,6 @@ struct TileShape {
   int stage_clocks;
 };
 constexpr TileShape kTileShapes[] = {{64, 4, 740}, {128, 3, 970}, {256, 2, 1500}};
-
-// Blocks that an H100 or H200 of 132 multiprocessors holds at a time in clusters of so many: the groups
-// in which the multiprocessors are made hold whole clusters only.
-constexpr int kMultiprocessors = 132;
-constexpr int kResident[kMostSlices + 1] = {0, 132, 132, 117, 120, 110, 102, 105, 120};
 
 // The division that takes the fewest clocks, by that measure.
 Plan make_plan(const LinearCall& call) {
@@ -474,7 +347,7 @@ Plan make_plan(const LinearCall& call) {
     for (int slices = 1; slices <= kMostSlices; ++slices) {
       const int packed_tiles = divide_up(call.weight.in_features, kPackedColumns * shape.parts * slices);
       const int part_stages = packed_tiles * kStagesPerPacked;
-      const int resident = std::max(slices, kResident[slices] * call.multiprocessors / kMultiprocessors);
+      const int resident = resident_blocks(call, slices);
       const int64_t rounds = (tiles * slices + resident - 1) / resident;
       const int64_t clocks = rounds * (int64_t{part_stages} * shape.parts * shape.stage_clocks + kStartClocks);
       if (clocks >= least) continue;
@@ -494,6 +367,9 @@ cudaError_t launch_tile(const LinearCall& call) {
 }
 
 }  // namespace
+}  // namespace squeezellm_hf::cuda::warpgroup
+
+namespace squeezellm_hf::cuda {
 
 bool has_warpgroup_kernel() {
 #ifdef SQUEEZELLM_HF_SM90A
@@ -504,8 +380,9 @@ bool has_warpgroup_kernel() {
 }
 
 cudaError_t linear_warpgroup(const LinearCall& call) {
-  return dispatch(call,
-                  [&](auto type, auto bits) { return launch_tile<typename decltype(type)::Type, bits.value>(call); });
+  return dispatch(call, [&](auto type, auto bits) {
+    return warpgroup::launch_tile<typename decltype(type)::Type, bits.value>(call);
+  });
 }
 
 }  // namespace squeezellm_hf::cuda

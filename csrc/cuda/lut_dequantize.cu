@@ -1,5 +1,5 @@
 // W[o, i] = lookup_table[o, index(o, i)] + sparse[o, i]: bound by the bytes written.
-#include "common.cuh"
+#include "row_table.cuh"
 
 namespace squeezellm_hf::cuda {
 namespace {
@@ -8,6 +8,24 @@ constexpr int kThreads = 256;
 constexpr int kRun = 8;  // consecutive weights of a thread: 16 bytes of a 16-bit dtype
 constexpr int kRunsPerThread = 4;
 constexpr int kBlockWeights = kThreads * kRun * kRunsPerThread;  // of one row
+
+// Adds a row's sparse values to the block's piece of it, once that is written. The sum is rounded once:
+// from the table's own value, not from the cell just written.
+template <class T, int kBits>
+__device__ void add_sparse_entries(const LutWeight& weight, int row, int2 entries, int64_t block_begin, T* out_row) {
+  constexpr int kEntries = 1 << kBits;
+  const uint32_t* words = weight.qweight + row * weight.words_per_row;
+  for (int64_t entry = entries.x + int64_t{threadIdx.x}; entry < entries.y; entry += kThreads) {
+    const int column = sparse_column(weight, entry);
+    if (column < block_begin || column >= block_begin + kBlockWeights) continue;
+    const int64_t bit = int64_t{column} * kBits;
+    const int64_t word = bit / 32;
+    const uint32_t high = word + 1 < weight.words_per_row ? __ldg(words + word + 1) : 0;
+    const uint32_t index = __funnelshift_r(__ldg(words + word), high, bit % 32) & (kEntries - 1);
+    const float dense = load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + index);
+    out_row[column] = from_float<T>(dense + load_float(weight.values, weight.values_dtype, entry));
+  }
+}
 
 template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const LutWeight weight, T* out, bool vector_stores) {
@@ -63,19 +81,40 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const LutWeight we
     }
   }
   if (weight.crow_indices == nullptr) return;
-  // The sum is rounded once: from the table's own value, not from the cell just written.
   __syncthreads();
-  const int2 entries = sparse_row(weight, row);
-  for (int64_t entry = entries.x + int64_t{threadIdx.x}; entry < entries.y; entry += kThreads) {
-    const int column = sparse_column(weight, entry);
-    if (column < block_begin || column >= block_begin + kBlockWeights) continue;
-    const int64_t bit = int64_t{column} * kBits;
-    const int64_t word = bit / 32;
-    const uint32_t high = word + 1 < weight.words_per_row ? __ldg(words + word + 1) : 0;
-    const uint32_t index = __funnelshift_r(__ldg(words + word), high, bit % 32) & (kEntries - 1);
-    const float dense = load_float(weight.lookup_table, weight.table_dtype, int64_t{row} * kEntries + index);
-    out_row[column] = from_float<T>(dense + load_float(weight.values, weight.values_dtype, entry));
+  add_sparse_entries<T, kBits>(weight, row, sparse_row(weight, row), block_begin, out_row);
+}
+
+// The same for widths whose tables fit registers, and aligned rows: a thread looks up all values of a run at once.
+template <class T, int kBits>
+__global__ void __launch_bounds__(kThreads) dequantize_by_permutes_kernel(const LutWeight weight, T* out) {
+  static_assert(kRun == 8);
+  const int row = blockIdx.y + gridDim.y * blockIdx.z;
+  if (row >= weight.out_features) return;
+  const uint32_t* words = weight.qweight + row * weight.words_per_row;
+  T* out_row = out + int64_t{row} * weight.in_features;
+  const int64_t block_begin = int64_t{blockIdx.x} * kBlockWeights;
+  uint32_t runs[kRunsPerThread];
+#pragma unroll
+  for (int r = 0; r < kRunsPerThread; ++r) {
+    const int64_t first_byte = (block_begin + (r * kThreads + threadIdx.x) * kRun) / 8 * kBits;
+    const int64_t word = first_byte / 4;
+    const uint32_t low = word < weight.words_per_row ? __ldg(words + word) : 0;
+    // At 3 bits a run may reach into the next word.
+    const uint32_t high = kBits == 3 && word + 1 < weight.words_per_row ? __ldg(words + word + 1) : 0;
+    runs[r] = __funnelshift_r(low, high, first_byte % 4 * 8);
   }
+  int2 entries = {0, 0};
+  if (weight.crow_indices != nullptr) entries = sparse_row(weight, row);
+  const RowTable<kBits> table = load_table<T, kBits>(weight, row);
+#pragma unroll
+  for (int r = 0; r < kRunsPerThread; ++r) {
+    const int64_t begin = block_begin + (r * kThreads + threadIdx.x) * kRun;
+    if (begin < weight.in_features) *reinterpret_cast<uint4*>(out_row + begin) = look_up_eight<kBits>(table, runs[r]);
+  }
+  if (entries.x >= entries.y) return;
+  __syncthreads();
+  add_sparse_entries<T, kBits>(weight, row, entries, block_begin, out_row);
 }
 
 template <class T, int kBits>
@@ -86,6 +125,13 @@ cudaError_t launch(const DequantizeCall& call) {
   const dim3 grid((call.weight.in_features + int64_t{kBlockWeights} - 1) / kBlockWeights, y, (rows + y - 1) / y);
   const bool vector_stores =
       reinterpret_cast<uintptr_t>(call.out) % 16 == 0 && call.weight.in_features * int64_t{sizeof(T)} % 16 == 0;
+  if constexpr (sizeof(T) == 2 && kBits >= 2 && kBits <= 4) {
+    if (vector_stores) {
+      dequantize_by_permutes_kernel<T, kBits>
+          <<<grid, kThreads, 0, call.stream>>>(call.weight, static_cast<T*>(call.out));
+      return cudaGetLastError();
+    }
+  }
   dequantize_kernel<T, kBits>
       <<<grid, kThreads, 0, call.stream>>>(call.weight, static_cast<T*>(call.out), vector_stores);
   return cudaGetLastError();

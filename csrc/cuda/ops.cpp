@@ -77,13 +77,16 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 // matrix product. Measured on an H200.
 int64_t most_fused(const LinearCall& call, bool warpgroups) {
   const bool sparse = call.weight.crow_indices != nullptr;
-  if (warpgroups) return sparse ? 512 : 1024;
+  if (warpgroups) return sparse ? 512 : 2048;
   return sparse ? 128 : 256;
 }
 
-// Whether the kernel of compute capability 9.0 serves; few activations and few rows leave most of its warps
+// Whether the kernels of compute capability 9.0 serve; few activations and few rows leave most of their warps
 // waiting, and the other one is faster.
-bool pays_warpgroups(const LinearCall& call) { return call.batch > 32 || call.weight.out_features > 4096; }
+bool pays_warpgroups(const LinearCall& call) {
+  const bool sparse = call.weight.crow_indices != nullptr;
+  return call.batch > (sparse ? 32 : 16) || call.weight.out_features > 4096;
+}
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
 bool fits(const LinearCall& call) {
@@ -144,7 +147,7 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     return y;
   }
   if (warpgroups) {
-    check_launch(linear_warpgroup(call));
+    check_launch(call.weight.crow_indices != nullptr ? linear_warpgroup(call) : linear_warpgroup_dense(call));
     return y;
   }
   const Tensor workspace = empty(x, {linear_slices(call), batch, out_features}, aoti_torch_dtype_float32());

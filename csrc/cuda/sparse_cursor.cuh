@@ -8,9 +8,9 @@
 
 namespace squeezellm_hf::cuda {
 
-// A copy of 16 bytes to shared memory in the background, zeros beyond the first `bytes`.
-__device__ __forceinline__ void copy_chunk(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+// A copy of 16 bytes to shared memory in the background.
+__device__ __forceinline__ void copy_chunk(uint32_t target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
 __device__ __forceinline__ void wait_for_chunks() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -68,17 +68,17 @@ struct SparseCursor {
     copied = requested;
   }
 
-  // Now and then, after receive_entries.
+  // Now and then, after receive_entries. Chunks that the tensors hold in full only: the last few entries of
+  // all are loaded one by one.
   __device__ __forceinline__ void request_entries() {
     const int chunk = entry & -kChunkEntries;
+    const int last = static_cast<int>(weight.nnz) & -kChunkEntries;
     requested = max(requested, chunk);
-    while (requested < min(chunk + 2 * kChunkEntries, end)) {
+    while (requested < min(min(chunk + 2 * kChunkEntries, end), last)) {
       const int slot = requested / kChunkEntries % 2;
-      const int bytes = static_cast<int>(min(weight.nnz - requested, int64_t{kChunkEntries})) * 2;
       copy_chunk(shared_address(&buffer.columns[slot][thread]),
-                 static_cast<const uint16_t*>(weight.col_indices) + requested, bytes);
-      copy_chunk(shared_address(&buffer.values[slot][thread]), static_cast<const uint16_t*>(weight.values) + requested,
-                 bytes);
+                 static_cast<const uint16_t*>(weight.col_indices) + requested);
+      copy_chunk(shared_address(&buffer.values[slot][thread]), static_cast<const uint16_t*>(weight.values) + requested);
       requested += kChunkEntries;
     }
   }
@@ -91,16 +91,27 @@ struct SparseCursor {
   }
 
  private:
-  __device__ __forceinline__ uint32_t buffered(const uint4 (&chunks)[2][kThreads]) const {
+  // The next entry's, zero unless it is there. A predicate in its own right: the compiler would make a branch.
+  __device__ __forceinline__ uint32_t buffered(const uint4 (&chunks)[2][kThreads], bool there) const {
     const auto* chunk = reinterpret_cast<const uint16_t*>(&chunks[entry / kChunkEntries % 2][thread]);
-    return chunk[entry % kChunkEntries];
+    uint16_t value;
+    asm volatile(
+        "{.reg .pred there;\n"
+        "setp.ne.u32 there, %2, 0;\n"
+        "mov.u16 %0, 0;\n"
+        "@there ld.shared.u16 %0, [%1];}"
+        : "=h"(value)
+        : "r"(shared_address(chunk + entry % kChunkEntries)), "r"(static_cast<uint32_t>(there))
+        : "memory");
+    return value;
   }
 
   __device__ __forceinline__ void load_entry() {
     const bool present = entry < end;
-    int next = min(static_cast<int>(buffered(buffer.columns)), weight.in_features - 1);
-    value_bits = buffered(buffer.values);
-    if (present && entry >= copied) {
+    const bool here = entry < copied;  // else the buffer holds another chunk, or this one is on its way
+    int next = min(static_cast<int>(buffered(buffer.columns, here)), weight.in_features - 1);
+    value_bits = buffered(buffer.values, here);
+    if (present && !here) {
       next = sparse_column(weight, entry);
       value_bits = load_bits(weight.values, weight.values_dtype, entry);
     }

@@ -22,7 +22,7 @@ __device__ void load_x(unsigned char* x, uint64_t& x_full, const LinearCall& cal
           i < pieces ? load_uncached(source + i) : make_uint4(0, 0, 0, 0);
   }
   __syncwarp();
-  if (threadIdx.x % kWarpLanes == 0) arrive(x_full);
+  if (threadIdx.x % kWarpLanes < kArrivingLanes) arrive(x_full);
   wait(x_full, 0);
 }
 
@@ -91,7 +91,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
       for (int i = 0; i < U::kLaneLoads; ++i)
         load_words<U::kLoadBytes>(words[h] + i * U::kLoadBytes / 4, source + h * second_rows + word_offsets[i]);
     __syncwarp();
-    if (lane == 0) arrive(shared.empty[slot.index]);
+    if (lane < kArrivingLanes) arrive(shared.empty[slot.index]);
     slot.advance(kStageStride, plan.ring);
   };
   if (left > 0) read_words();
@@ -138,7 +138,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
     }
     stage -= plan.stages;
     __syncwarp();
-    if (lane == 0) arrive(shared.tables_empty[table]);
+    if (lane < kArrivingLanes) arrive(shared.tables_empty[table]);
 
     // A warp's sums over its columns' slices.
     wait(shared.sums_empty[buffer], (count / kSumBuffers & 1) ^ 1);
@@ -167,7 +167,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
       if (n + 1 < kBatch) shared.sums[buffer][warp][n + 1][row] = odd[h];
     }
     __syncwarp();
-    if (lane == 0) arrive(shared.sums_full[buffer]);
+    if (lane < kArrivingLanes) arrive(shared.sums_full[buffer]);
   }
 }
 

@@ -28,7 +28,7 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps>& shared, const Line
     if (weight.crow_indices != nullptr) total[i] += shared.sums[buffer][kWarps][n][lane % kRows];
   }
   __syncwarp();
-  if (lane == 0) arrive(shared.sums_empty[buffer]);
+  if (lane < kArrivingLanes) arrive(shared.sums_empty[buffer]);
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
     const int n = (i * kWarpLanes + lane) / kRows;
@@ -59,7 +59,7 @@ __device__ void sum_up(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCal
     wait(shared.sums_empty[buffer], (count / kSumBuffers & 1) ^ 1);
     sparse.multiply(shared.sums[buffer][kWarps]);
     __syncwarp();
-    if (lane == 0) arrive(shared.sums_full[buffer]);
+    if (lane < kArrivingLanes) arrive(shared.sums_full[buffer]);
     sparse.load_first();
     sparse.load_row(work.tile(count + 2));
   };

@@ -111,7 +111,7 @@ __device__ void fill_tables(Shared<T, kBits, kBatch, kWarps>& shared,
     wait(shared.tables_empty[buffer], (count / kTableBuffers & 1) ^ 1);
     part.store(shared.tables, buffer);
     __syncwarp();
-    if (lane == 0) arrive(shared.tables_full[buffer]);
+    if (lane < kArrivingLanes) arrive(shared.tables_full[buffer]);
     if (count + 1 < work.tiles) part.load(work.tile(count + 1));
   }
 }

@@ -64,6 +64,8 @@ cudaError_t linear_tensor_core(const LinearCall& call);
 cudaError_t finish_linear(const LinearCall& call);
 // Any batch, nothing to follow, on compute capability 9.0; only where is_aligned(call) and has_warpgroup_kernel().
 cudaError_t linear_warpgroup(const LinearCall& call);
+// The same for weights without a sparse part, faster.
+cudaError_t linear_warpgroup_dense(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
 bool has_warpgroup_kernel();
 

@@ -55,6 +55,12 @@ __device__ __forceinline__ void give_up_registers() {
 template <class T>
 __device__ void multiply_group(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b);
 
+// The same with the left operand in registers: a warp's 16 lines as in multiply_accumulate, and 64 or 128 lines of b.
+template <class T>
+__device__ void multiply_fragment(float (&sums)[8][4], const uint32_t (&a)[4], uint64_t b);
+template <class T>
+__device__ void multiply_fragment(float (&sums)[16][4], const uint32_t (&a)[4], uint64_t b);
+
 // Operands of the instruction: sums[n][0..3] for all n, then a, then b.
 #define SUMS_1(n) "+f"(sums[n][0]), "+f"(sums[n][1]), "+f"(sums[n][2]), "+f"(sums[n][3])
 #define SUMS_2(n) SUMS_1(n), SUMS_1(n + 1)
@@ -78,6 +84,34 @@ __device__ void multiply_group(float (&sums)[kProductLines / 8][4], uint64_t a, 
 MULTIPLY_GROUP(__half, "f16")
 MULTIPLY_GROUP(__nv_bfloat16, "bf16")
 
+#define MULTIPLY_FRAGMENT(type, name)                                                                                 \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[8][4], const uint32_t (&a)[4], uint64_t b) {  \
+    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name  \
+                 " {"                                                                                                 \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                  \
+                 "{%32, %33, %34, %35}, %36, add, 1, 1, 0;}"                                                          \
+                 : SUMS_8(0)                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[16][4], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name \
+                 " {"                                                                                                 \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
+                 "{%64, %65, %66, %67}, %68, add, 1, 1, 0;}"                                                          \
+                 : SUMS_16(0)                                                                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
+  }
+
+MULTIPLY_FRAGMENT(__half, "f16")
+MULTIPLY_FRAGMENT(__nv_bfloat16, "bf16")
+
+#undef MULTIPLY_FRAGMENT
 #undef MULTIPLY_GROUP
 #undef SUMS_16
 #undef SUMS_8

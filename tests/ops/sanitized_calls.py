@@ -12,6 +12,16 @@ from tests.ops.oracle import TORCH_DTYPES, make_weight, make_x
 SHAPES = [(136, 512), (33, 77)]
 
 
+def end_amid_a_chunk(tensors: dict[str, torch.Tensor]) -> None:
+    """Shorten the CSR part so that its entries, copied eight at a time, end amid eight of them."""
+    if "values" not in tensors or len(tensors["values"]) % 8:
+        return
+    last = len(tensors["values"]) - 1
+    tensors["crow_indices"].clamp_(max=last)
+    for name in ("col_indices", "values"):
+        tensors[name] = tensors[name][:last].clone()
+
+
 def call(
     batches: list[int], shape: tuple[int, int], bits: int, density: float, dtype: str,
     hostile: bool = False,
@@ -19,16 +29,19 @@ def call(
     """All batches, and dequantization; with ``hostile``, a CSR part that holds nonsense."""
     weight = make_weight(*shape, bits, density=density, full_row=True, table_dtype=dtype)
     tensors = {name: tensor.cuda() for name, tensor in weight.tensors.items()}
+    end_amid_a_chunk(tensors)
     if hostile:
         for name in ("crow_indices", "col_indices"):
             limits = torch.iinfo(tensors[name].dtype)
             tensors[name].random_(limits.min, limits.max)
-    x = make_x(max(batches), shape[1], dtype).cuda()
+    x = make_x(max(batches, default=0), shape[1], dtype).cuda()
+    made = f"{shape}, {bits} bits, {density:.0%} sparse, {dtype}"
     for batch in batches:
-        print(f"{shape}, {bits} bits, {density:.0%} sparse, {dtype}, batch {batch}", flush=True)
+        print(f"{made}, batch {batch}", flush=True)
         y = ops.lut_linear(x[:batch], **tensors, bits=bits)
         if not hostile and not bool(y.isfinite().all()):
             raise AssertionError("the result is not finite")
+    print(f"{made}, dequantized", flush=True)
     ops.lut_dequantize(**tensors, bits=bits, in_features=shape[1], dtype=TORCH_DTYPES[dtype])
 
 
@@ -40,7 +53,9 @@ def main(batches: list[int]) -> None:
             call(batches, shape, bits, 0.0, "bf16")
             call(batches, shape, bits, 0.05, "fp16")
         call(batches, shape, 4, 0.05, "bf16", hostile=True)
-    call(batches, SHAPES[0], 7, 0.05, "fp16")
+    # Without torch's product after it, which has ended with an illegal access under racecheck
+    # 2025.3 although it is not watched.
+    call([], SHAPES[0], 7, 0.05, "fp16")
     torch.cuda.synchronize()
 
 

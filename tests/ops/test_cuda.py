@@ -66,7 +66,8 @@ def has_warpgroups() -> bool:
 
 def torch_slack(batch: int, weight: Weight) -> float:
     """torch's own product may add partial sums in 16 bits; where it serves, more is allowed."""
-    most = 512 if has_warpgroups() else 128
+    sparse = "values" in weight.tensors
+    most = (512 if sparse else 2048) if has_warpgroups() else 128
     fused = batch <= SMALL_BATCH or (is_aligned(weight) and batch <= most)
     return 0.0 if fused and weight.bits in FUSED_BITS else 1e-2
 
