@@ -1,4 +1,4 @@
-// y = x W^T for larger batches on the tensor cores of compute capability 9.0.
+// y = x W^T for larger batches on the tensor cores of compute capability 9.0, of weights with a sparse part.
 //
 // A block owns a tile of rows and of the batch, and a slice of the columns. Its warps have two duties
 // and pass tiles of 64 columns on through shared memory:
