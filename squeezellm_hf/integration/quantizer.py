@@ -114,7 +114,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 layer.check(f"{name}.")
                 if name not in parts:
                     check_nnz(layer.nnz, record, name)
-            if parts:
+            if is_tensor_parallel(model):
                 saving.refuse(model, "a model loaded with tp_plan holds a part of each layer")
                 return model
             if self.quantization_config.dequantize:
