@@ -122,7 +122,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 layer.check(f"{name}.")
                 if name not in parts:
                     check_nnz(layer.nnz, record, name)
-            if parts:
+            if is_tensor_parallel(model):
                 self._prepare_layers(model)
                 saving.refuse(model, "a model loaded with tp_plan holds a part of each layer")
                 return model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-from squeezellm_hf.formats import csr
+from squeezellm_hf.formats import csr, packing
 from squeezellm_hf.integration.checkpoint import check_nnz
 from squeezellm_hf.integration.config import ModuleRecord
 from squeezellm_hf.integration.placement import PARALLEL_STYLE
@@ -243,7 +243,7 @@ def localize(model: Any, records: Mapping[str, ModuleRecord]) -> set[str]:
         layer = model.get_submodule(name)
         if hasattr(layer, PARALLEL_STYLE):
             style, mesh = getattr(layer, PARALLEL_STYLE)
-            _check_sparse(layer, record, name)
+            _check_whole(layer, record, name)
             _localize(layer, style, mesh)
             parts.add(name)
         elif cut := [key for key, t in layer.named_parameters() if isinstance(t, DTensor)]:
@@ -257,8 +257,10 @@ def localize(model: Any, records: Mapping[str, ModuleRecord]) -> set[str]:
     return parts
 
 
-def _check_sparse(layer: SqueezeLLMLinear, record: ModuleRecord, name: str) -> None:
+def _check_whole(layer: SqueezeLLMLinear, record: ModuleRecord, name: str) -> None:
     """What the layer's own check cannot see any more when it holds a part."""
+    if not isinstance(layer.qweight, DTensor):
+        packing.check_qweight(layer.qweight, layer.bits, layer.in_features, f"{name}.qweight")
     if layer.nnz:
         csr.check_csr(
             *(getattr(layer, key).detach() for key in SPARSE),

@@ -83,6 +83,7 @@ def refusals(quantized: Path, plain: Path) -> dict[str, str]:
     return {
         "plan": message(load, quantized, plan={"model.layers.*.self_attn.q_proj": "colwise"}),
         "quantize": message(load, plain, quantization_config=SqueezeLLMConfig(dataset=None)),
+        "damaged": message(load, quantized.parent / "damaged.d"),
         "dequantize": message(
             load, quantized, quantization_config=SqueezeLLMConfig(dequantize=True)
         ),
@@ -98,7 +99,9 @@ def main() -> None:
     directory = Path(sys.argv[1])
     token_ids = torch.load(directory / "token_ids.pt")
     found = {
-        path.name: results(path, token_ids) for path in sorted(directory.iterdir()) if path.is_dir()
+        path.name: results(path, token_ids)
+        for path in sorted(directory.iterdir())
+        if path.is_dir() and not path.suffix
     }
     found["refusals"] = refusals(directory / "qwen2", Path(sys.argv[2]))
     torch.save(found, directory / f"rank{dist.get_rank()}.pt")

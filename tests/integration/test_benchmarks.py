@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -134,15 +133,3 @@ def test_blockwise(script: ModuleType, tmp_path: Path) -> None:
     results = json.loads(file.read_text())["results"]
     assert [result["codebook"] for result in results] == ["kmeans", "guided"]
     assert all(result["tokens"] == 32 and result["seconds"] > 0 for result in results)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("script", ["loading"], indirect=True)
-def test_loading(script: ModuleType, tmp_path: Path) -> None:
-    file = tmp_path / "loading.json"
-    script.main(f"--model tiny --weights w3+ --repeats 1 --json {file}".split())
-    document = json.loads(file.read_text())
-    result = document["result"]
-    assert document["weights"] == "w3+"
-    assert result["checkpoint_bytes"] > 2 * 128 * 64 * 2  # embeddings and head in bf16
-    assert min(result["read_seconds"], result["load_seconds"]) > 0

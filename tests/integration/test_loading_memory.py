@@ -1,6 +1,7 @@
 """Loading a quantized checkpoint needs little more memory than its size, and no plain weight."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,17 @@ def test_peak_memory_is_near_the_size(loading: ModuleType, tmp_path: Path) -> No
     found = loading.fresh(tmp_path / "blocks", tmp_path / "tiny", "cpu")
     assert found["peak_bytes"] <= 1.2 * size
     assert found["peak_bytes"] >= 0.5 * size  # the measurement sees the weights
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_command(loading: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "loading.json"
+    loading.main(f"--model tiny --weights w3+ --repeats 1 --json {file}".split())
+    document = json.loads(file.read_text())
+    result = document["result"]
+    assert document["weights"] == "w3+"
+    assert result["checkpoint_bytes"] > 2 * 128 * 64 * 2  # embeddings and head in bf16
+    assert min(result["read_seconds"], result["load_seconds"]) > 0
 
 
 def test_no_plain_weight_is_made(

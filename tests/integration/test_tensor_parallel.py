@@ -1,12 +1,14 @@
 """Two processes, each with a part of every layer, give what one process gives."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -80,8 +82,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, token_ids: Tensor) -> 
         config = SqueezeLLMConfig(dataset=token_ids, n_samples=4, sequence_length=32, **changes)
         model = quantize_model(make().eval(), None, config, progress=False)
         model.save_pretrained(directory / name)
+    damage(directory / "llama", directory / "damaged.d")
     torch.save(token_ids, directory / "token_ids.pt")
     return directory
+
+
+def damage(source: Path, target: Path) -> None:
+    """Take the last word of each row from indices that cannot be cut while they are read."""
+    shutil.copytree(source, target)
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.1.mlp.down_proj.qweight"
+    tensors[key] = tensors[key][:, :-1].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(
@@ -195,4 +208,5 @@ def test_what_cannot_be_is_refused(parts: list) -> None:
         assert "q_proj.qweight was cut by a style" in refusals["plan"]
         assert "squeezellm_colwise" in refusals["plan"]
         assert "needs a model that is quantized already" in refusals["quantize"]
+        assert "layers.1.mlp.down_proj.qweight must be int32" in refusals["damaged"]
         assert "dequantize=True cannot be used with tp_plan" in refusals["dequantize"]
