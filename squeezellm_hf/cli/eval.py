@@ -31,6 +31,7 @@ DESCRIPTION = """Measure perplexity on a text, and how far predictions are from 
   squeezellm eval OUT4 OUT3 --reference MODEL --json results.json
   squeezellm eval OUT --dataset wikitext2 --sequence-length 2048
   squeezellm eval OUT --tasks hellaswag,arc_easy --batch-size 8
+  squeezellm eval OUT --reference MODEL --card
 
 Perplexity is exp of the mean cross entropy of a token, given those before it
 in its window; lower is better. With --reference also, in nats and token by

@@ -55,13 +55,16 @@ class Command:
     """Branch, tag or commit of a Hub repository."""
     token: str | None = None
     """Hub access token; by default that of `hf auth login` or of HF_TOKEN."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for repositories whose code you have read."""
 
     def run(self) -> None:
         """Print the table and the totals."""
         check_name(self.model)
-        config = _config(self.model, self.revision, self.token)
+        config = self._config()
         sizes = checkpoint_sizes(self.model, revision=self.revision, token=self.token)
-        size = footprint(sizes, linear_sizes(config))
+        modules = linear_sizes(config, trust_remote_code=self.trust_remote_code)
+        size = footprint(sizes, modules)
         rows = [
             {
                 "module": layer.name,
@@ -81,16 +84,20 @@ class Command:
         if self.json is not None:
             write_json(self.json, rows, model=self.model, totals=_totals(size))
 
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(
+            self.model,
+            revision=self.revision,
+            token=self.token,
+            trust_remote_code=self.trust_remote_code,
+        )
+
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Order layers.2 before layers.10."""
     return [(int(part) if part.isdigit() else 0, part) for part in name.split(".")]
-
-
-def _config(name: str, revision: str | None, token: str | None) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(name, revision=revision, token=token)
 
 
 def _totals(size: ModelFootprint) -> dict[str, Any]:

@@ -85,8 +85,12 @@ def _size(shape: list[int], dtype: str) -> TensorSize:
     return TensorSize(tuple(shape), (prod(shape) * bits + 7) // 8)
 
 
-def linear_sizes(config: Any) -> dict[str, int]:
+def linear_sizes(config: Any, *, trust_remote_code: bool = False) -> dict[str, int]:
     """Input sizes of all linear layers of a model, by name, from its config alone.
+
+    Args:
+        config: of the model.
+        trust_remote_code: whether Python code that comes with the model may run.
 
     Returns:
         `in_features` by module name; empty for an architecture that transformers does not know.
@@ -101,7 +105,7 @@ def linear_sizes(config: Any) -> dict[str, int]:
         del plain.quantization_config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain)
+            model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
             expand(model)
     except (ValueError, ImportError):
         return {}

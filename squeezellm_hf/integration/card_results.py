@@ -28,9 +28,11 @@ _METRICS = {"perplexity": "Perplexity", "kl_mean": "KL to the original (nats a t
 
 @dataclass
 class Results:
-    """Attributes:
-    section: of the card's text, or "".
-    metadata: the same for the card's ``model-index``, or None.
+    """What a card says of results.
+
+    Attributes:
+        section: of the card's text, or "".
+        metadata: the same for the card's ``model-index``, or None.
     """
 
     section: str = ""

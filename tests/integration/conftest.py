@@ -16,10 +16,12 @@ CONFIG = {"preset": "fast", "bits": 4, "n_samples": 4, "sequence_length": 256}
 
 @dataclass
 class SavedSmolLM2:
-    """Attributes:
-    path: of the quantized checkpoint, with its tokenizer.
-    text: what the model generated before it was saved.
-    tensors: what it held then.
+    """A quantized checkpoint, and the model that it was saved from.
+
+    Attributes:
+        path: of the checkpoint, with its tokenizer.
+        text: what the model generated before it was saved.
+        tensors: what it held then.
     """
 
     path: Path

@@ -101,7 +101,7 @@ def test_quantized_cache(model, plain, tokenizer, backend: str, available) -> No
     inputs = tokenizer(PROMPTS[1], return_tensors="pt")
     settings = {
         "do_sample": False, "cache_implementation": "quantized",
-        "cache_config": {"backend": backend, "nbits": 4, "residual_length": 4},
+        "cache_config": {"backend": backend, "nbits": 4, "q_group_size": 32, "residual_length": 4},
     }  # fmt: skip
     assert generate(model, inputs, **settings).equal(generate(plain, inputs, **settings))
 
