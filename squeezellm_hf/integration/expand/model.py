@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from squeezellm_hf.integration.expand.conv1d import to_conv1d, to_linear
-from squeezellm_hf.integration.expand.experts import ExpandedExperts, is_fused_experts
+from squeezellm_hf.integration.expand.experts import ExpandedExperts, layout_of
 from squeezellm_hf.nn import Experts
 
 # Of a model: names of the layers that were Conv1D. (Experts know by themselves what they were.)
@@ -74,7 +74,7 @@ def routers(model: nn.Module) -> list[str]:
     found = []
     for name in _names(model):
         module = model.get_submodule(name)
-        if not (isinstance(module, Experts) or is_fused_experts(module)):
+        if not (isinstance(module, Experts) or layout_of(module)):
             continue
         outputs: tuple[int, ...] = (1, module.num_experts)  # type: ignore[assignment]
         path = name.rpartition(".")[0]
@@ -109,7 +109,7 @@ def _names(model: nn.Module) -> list[str]:
         if not name or (within is not None and name.startswith(within)):
             continue
         names.append(name)
-        if isinstance(module, Experts) or is_fused_experts(module):
+        if isinstance(module, Experts) or layout_of(module) is not None:
             within = f"{name}."
     return names
 
@@ -117,7 +117,7 @@ def _names(model: nn.Module) -> list[str]:
 def _expanded(module: Any, device: str | None = None) -> nn.Module | None:
     if isinstance(module, Conv1D):
         return to_linear(module, device)
-    if is_fused_experts(module):
+    if layout_of(module) is not None:
         return ExpandedExperts(module, device)
     return None
 
