@@ -341,3 +341,12 @@ def test_a_resumed_run_ends_in_the_same(family: str, token_ids: Tensor, tmp_path
         results.append(model.state_dict())
     for other in results[1:]:
         assert all(tensor.equal(results[0][name]) for name, tensor in other.items())
+
+
+def test_parallel_plans_leave_expanded_experts_alone(folder: Path) -> None:
+    # They would cut parameters that are not there, and add up what each process has in full.
+    assert any(".experts" in rule for rule in tiny("mixtral")._tp_plan)
+    plan = load(folder / "mixtral")._tp_plan
+    assert not any(".experts" in rule for rule in plan)
+    assert any(".q_proj" in rule for rule in plan)
+    assert any(".experts" in rule for rule in tiny("mixtral")._tp_plan)

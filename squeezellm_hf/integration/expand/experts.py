@@ -149,9 +149,10 @@ def _linear(fused: Any, layout: Layout, name: str, index: int, device: str | Non
 
 def linear(weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Linear:
     """A linear layer with these tensors: [out_features, in_features] and [out_features]."""
-    out_features, in_features = weight.shape
-    layer = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    # Its __init__ would draw random weights, which takes seconds for thousands of experts.
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight, requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad))
     return layer

@@ -15,6 +15,7 @@ from squeezellm_hf.nn import Experts
 
 # Of a model: names of the layers that were Conv1D. (Experts know by themselves what they were.)
 _CONV1D = "_expanded_conv1d"
+_EXPERTS_RULE = re.compile(r"\.experts(\.|$)")
 _ROUTER = re.compile(r"router|gate(?!_proj|_up_proj)")
 
 
@@ -33,6 +34,8 @@ def expand(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) 
             model.set_submodule(name, expanded)
             if isinstance(module, Conv1D):
                 _conv1d_names(model).add(name)
+    if any(isinstance(module, Experts) for module in model.modules()):
+        _forget_parallel_plans(model)
 
 
 def fold(model: nn.Module) -> None:
@@ -99,6 +102,14 @@ def warn_of_unknown(model: nn.Module) -> None:
             f"is not supported: {count / 1e6:.0f}M weights stay as they are",
             stacklevel=2,
         )
+
+
+def _forget_parallel_plans(model: Any) -> None:
+    """Every process of several runs all experts: plans for fused ones would add up their sums."""
+    for plans in ("_tp_plan", "_ep_plan"):
+        plan = getattr(model, plans, None) or {}
+        for rule in [rule for rule in plan if _EXPERTS_RULE.search(rule)]:
+            del plan[rule]
 
 
 def _names(model: nn.Module) -> list[str]:
