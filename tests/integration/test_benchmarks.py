@@ -122,3 +122,12 @@ def test_devices(
         expected.write_text(json.dumps({**recorded, **changed}))
         with pytest.raises(SystemExit):
             script.main(compare)
+
+
+@pytest.mark.parametrize("script", ["experts"], indirect=True)
+def test_experts(script: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "experts.json"
+    script.main(f"--shape 16 64 32 --tokens 1 9 --turns 1 --json {file}".split())
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1, 9]
+    assert all({"bf16, eager", "3 bits", "4 bits"} <= row["milliseconds"].keys() for row in rows)
