@@ -30,13 +30,6 @@ from squeezellm_hf.nn import SqueezeLLMLinear
 CHOSEN = 8
 
 
-def experts_config(implementation: str) -> Qwen3MoeConfig:
-    """Qwen3-30B-A3B's experts."""
-    config = Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128)
-    config._experts_implementation = implementation
-    return config
-
-
 def quantized(fused: nn.Module, bits: int, device: str) -> nn.Module:
     """Experts of the same shapes with random tables, indices and 0.45 % of sparse values."""
     expanded = ExpandedExperts(fused, "meta")
@@ -48,12 +41,15 @@ def quantized(fused: nn.Module, bits: int, device: str) -> nn.Module:
     return expanded
 
 
-def contenders(device: str, bits: list[int]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Functions of tokens and chosen experts."""
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        fused = Qwen3MoeExperts(experts_config("grouped_mm"))
-        torch.set_default_dtype(torch.float32)
+def contenders(
+    shape: list[int], device: str, bits: list[int]
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Functions of tokens and chosen experts; shape: experts, hidden size, width of an expert."""
+    count, hidden, width = shape
+    config = Qwen3MoeConfig(num_experts=count, hidden_size=hidden, moe_intermediate_size=width)
+    with torch.device("meta"):
+        fused = Qwen3MoeExperts(config).bfloat16()
+    fused.to_empty(device=device)
     for parameter in fused.parameters():
         nn.init.normal_(parameter, std=0.02)
     modules = {f"{width} bits": quantized(fused, width, device) for width in bits}
@@ -74,14 +70,18 @@ def contenders(device: str, bits: list[int]) -> dict[str, Callable[[Tensor, Tens
 
 @torch.inference_mode()
 def measure(
-    calls: dict[str, Callable[[Tensor, Tensor], Tensor]], tokens: int, device: str, turns: int
+    calls: dict[str, Callable[[Tensor, Tensor], Tensor]],
+    shape: list[int],
+    tokens: int,
+    device: str,
+    turns: int,
 ) -> dict[str, float]:
     """Median milliseconds a call."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 2):
-        x = torch.randn(tokens, 2048, dtype=torch.bfloat16, device=device)
-        index = torch.rand(tokens, 128, device=device).topk(CHOSEN).indices
+        x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=device)
+        index = torch.rand(tokens, shape[0], device=device).topk(CHOSEN).indices
         for name, call in calls.items():
             if name.endswith("batched_mm") and tokens > 64:
                 continue  # it copies the weights of every expert for every token
@@ -94,22 +94,25 @@ def measure(
     return {name: 1e3 * statistics.median(t) for name, t in times.items() if t}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 4])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128])
+    parser.add_argument("--shape", nargs=3, type=int, default=[128, 2048, 768],
+                        metavar=("EXPERTS", "HIDDEN", "WIDTH"))  # fmt: skip
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.manual_seed(0)
-    calls = contenders(args.device, args.bits)
+    calls = contenders(args.shape, args.device, args.bits)
     table = Table("tokens", *calls)
     rows = []
     for tokens in args.tokens:
-        times = measure(calls, tokens, args.device, args.turns)
+        times = measure(calls, args.shape, tokens, args.device, args.turns)
         rows.append({"tokens": tokens, "milliseconds": times})
         table.add_row(str(tokens), *(f"{times[n]:.2f}" if n in times else "" for n in calls))
     Console().print(table)

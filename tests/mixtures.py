@@ -9,6 +9,7 @@ from transformers import (
     DeepseekV3Config,
     GPT2Config,
     GptOssConfig,
+    Llama4TextConfig,
     MixtralConfig,
     OlmoeConfig,
     Qwen3MoeConfig,
@@ -94,6 +95,19 @@ def _olmoe() -> Any:
     )
 
 
+def _llama4() -> Any:
+    return Llama4TextConfig(
+        **_COMMON,
+        intermediate_size=96,
+        intermediate_size_mlp=96,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        interleave_moe_layer_step=1,
+    )
+
+
 def _gpt2() -> Any:
     return GPT2Config(
         vocab_size=VOCABULARY,
@@ -113,6 +127,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "gpt_oss": _gpt_oss,
     "deepseek_v3": _deepseek_v3,
     "olmoe": _olmoe,
+    "llama4": _llama4,
 }
 EXPANDED = {**MIXTURES, "gpt2": _gpt2}
 

@@ -56,36 +56,56 @@ class Experts(nn.Module):
 
     # Which experts run depends on the data: a compiled graph ends here and goes on behind it.
     @torch.compiler.disable
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
         """Run the chosen experts.
 
         Args:
             hidden_states: [tokens, hidden_size].
-            top_k_index: int64 [tokens, k]; ``num_experts`` stands for no expert.
-            top_k_weights: [tokens, k].
+            top_k_index: int64 [tokens, k]; ``num_experts`` stands for no expert. None: as for
+                Llama 4, ``hidden_states`` are [num_experts * tokens, hidden_size], the tokens once
+                for each expert, weighed already, zero where it is not chosen.
+            top_k_weights: [tokens, k], None without ``top_k_index``.
 
         Returns:
-            [tokens, hidden_size] in the dtype of ``hidden_states``.
+            Of the shape and dtype of ``hidden_states``.
         """
+        if top_k_index is None or top_k_weights is None:
+            return self._weighed(hidden_states)
         tokens, k = top_k_index.shape
         chosen = top_k_index.flatten()
         order = chosen.argsort(stable=True)
         sizes = torch.bincount(chosen, minlength=self.num_experts).tolist()
-        rows = hidden_states[order // k]
-        outputs = []
-        start = 0
-        for index, size in enumerate(sizes[: self.num_experts]):
-            if size:
-                outputs.append(self._run(self[index], rows[start : start + size]))
-                start += size
-        if start < order.numel() or not outputs:
-            outputs.append(torch.zeros_like(rows[start:]))
-        weights = top_k_weights.flatten()[order].unsqueeze(-1)
-        weighted = torch.cat(outputs) * weights
+        outputs = self._run_sorted(hidden_states[order // k], sizes[: self.num_experts])
+        weighted = outputs * top_k_weights.flatten()[order].unsqueeze(-1)
         place = torch.empty_like(order)
         place[order] = torch.arange(order.numel(), device=order.device)
         states = weighted[place].view(tokens, k, hidden_states.shape[-1]).sum(dim=1)
         return states.to(hidden_states.dtype)
+
+    def _weighed(self, hidden_states: Tensor) -> Tensor:
+        """Where no layer has a bias, rows of zeros stay rows of zeros."""
+        chosen = hidden_states.detach().ne(0).any(dim=-1)
+        sizes = chosen.view(self.num_experts, -1).sum(dim=1).tolist()
+        rows = chosen.nonzero()[:, 0]
+        outputs = self._run_sorted(hidden_states[rows], sizes)
+        return torch.zeros_like(hidden_states).index_copy(0, rows, outputs)
+
+    def _run_sorted(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Rows of expert 0, then those of expert 1, ...; rows left over are of no expert."""
+        outputs = []
+        start = 0
+        for index, size in enumerate(sizes):
+            if size:
+                outputs.append(self._run(self[index], rows[start : start + size]))
+                start += size
+        if start < rows.shape[0] or not outputs:
+            outputs.append(torch.zeros_like(rows[start:]))
+        return torch.cat(outputs)
 
     def _run(self, expert: Any, rows: Tensor) -> Tensor:
         states: Tensor = expert[self.down](self.activation(expert[self.up](rows)))

@@ -133,3 +133,12 @@ def test_blockwise(script: ModuleType, tmp_path: Path) -> None:
     results = json.loads(file.read_text())["results"]
     assert [result["codebook"] for result in results] == ["kmeans", "guided"]
     assert all(result["tokens"] == 32 and result["seconds"] > 0 for result in results)
+
+
+@pytest.mark.parametrize("script", ["experts"], indirect=True)
+def test_experts(script: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "experts.json"
+    script.main(f"--shape 16 64 32 --tokens 1 9 --turns 1 --json {file}".split())
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1, 9]
+    assert all({"bf16, eager", "3 bits", "4 bits"} <= row["milliseconds"].keys() for row in rows)

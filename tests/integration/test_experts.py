@@ -230,7 +230,7 @@ def test_experts_that_calibration_did_not_reach(family: str, codebook: str) -> N
     config = SqueezeLLMConfig(
         dataset=ids, n_samples=1, sequence_length=16, codebook=codebook, bits=6
     )
-    with pytest.warns(UserWarning, match=r"of them none.*experts"):
+    with pytest.warns(UserWarning, match=r"of them not a single one.*experts"):
         quantize_model(model, None, config, progress=False)
     assert sum(".experts." in name for name in quantized(model)) == 2 * 2 * EXPERTS
     others = torch.randint(3, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(2))
@@ -341,3 +341,24 @@ def test_a_resumed_run_ends_in_the_same(family: str, token_ids: Tensor, tmp_path
         results.append(model.state_dict())
     for other in results[1:]:
         assert all(tensor.equal(results[0][name]) for name, tensor in other.items())
+
+
+def test_parallel_plans_leave_expanded_experts_alone(folder: Path) -> None:
+    # They would cut parameters that are not there, and add up what each process has in full.
+    assert any(".experts" in rule for rule in tiny("mixtral")._tp_plan)
+    plan = load(folder / "mixtral")._tp_plan
+    assert not any(".experts" in rule for rule in plan)
+    assert any(".q_proj" in rule for rule in plan)
+    assert any(".experts" in rule for rule in tiny("mixtral")._tp_plan)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gpt2"])
+def test_tables_are_distilled(family: str, token_ids: Tensor) -> None:
+    texts = token_ids.repeat(4, 1)
+    config = settings(
+        token_ids, bits=3, distill_steps=4, distill_batch_size=4,
+        distill_sequence_length=32, distill_dataset=texts,
+    )  # fmt: skip
+    quantize_model(tiny(family), None, config, progress=False)
+    assert config.distilled is not None
+    assert config.distilled["divergence_after"] < config.distilled["divergence_before"]

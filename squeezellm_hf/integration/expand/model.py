@@ -10,11 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from squeezellm_hf.integration.expand.conv1d import to_conv1d, to_linear
-from squeezellm_hf.integration.expand.experts import ExpandedExperts, is_fused_experts
+from squeezellm_hf.integration.expand.experts import ExpandedExperts, layout_of
 from squeezellm_hf.nn import Experts
 
 # Of a model: names of the layers that were Conv1D. (Experts know by themselves what they were.)
 _CONV1D = "_expanded_conv1d"
+_EXPERTS_RULE = re.compile(r"\.experts(\.|$)")
 _ROUTER = re.compile(r"router|gate(?!_proj|_up_proj)")
 
 
@@ -33,6 +34,8 @@ def expand(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) 
             model.set_submodule(name, expanded)
             if isinstance(module, Conv1D):
                 _conv1d_names(model).add(name)
+    if any(isinstance(module, Experts) for module in model.modules()):
+        _forget_parallel_plans(model)
 
 
 def fold(model: nn.Module) -> None:
@@ -74,7 +77,7 @@ def routers(model: nn.Module) -> list[str]:
     found = []
     for name in _names(model):
         module = model.get_submodule(name)
-        if not (isinstance(module, Experts) or is_fused_experts(module)):
+        if not (isinstance(module, Experts) or layout_of(module)):
             continue
         outputs: tuple[int, ...] = (1, module.num_experts)  # type: ignore[assignment]
         path = name.rpartition(".")[0]
@@ -101,6 +104,14 @@ def warn_of_unknown(model: nn.Module) -> None:
         )
 
 
+def _forget_parallel_plans(model: Any) -> None:
+    """Every process of several runs all experts: plans for fused ones would add up their sums."""
+    for plans in ("_tp_plan", "_ep_plan"):
+        plan = getattr(model, plans, None) or {}
+        for rule in [rule for rule in plan if _EXPERTS_RULE.search(rule)]:
+            del plan[rule]
+
+
 def _names(model: nn.Module) -> list[str]:
     """Of all modules but the model and what lies within experts, which come and go with them."""
     names: list[str] = []
@@ -109,7 +120,7 @@ def _names(model: nn.Module) -> list[str]:
         if not name or (within is not None and name.startswith(within)):
             continue
         names.append(name)
-        if isinstance(module, Experts) or is_fused_experts(module):
+        if isinstance(module, Experts) or layout_of(module) is not None:
             within = f"{name}."
     return names
 
@@ -117,7 +128,7 @@ def _names(model: nn.Module) -> list[str]:
 def _expanded(module: Any, device: str | None = None) -> nn.Module | None:
     if isinstance(module, Conv1D):
         return to_linear(module, device)
-    if is_fused_experts(module):
+    if layout_of(module) is not None:
         return ExpandedExperts(module, device)
     return None
 

@@ -85,3 +85,29 @@ def test_norm_comes_before_the_weight() -> None:
     index, weight = torch.tensor([[2]]), torch.tensor([[0.5]], dtype=torch.float64)
     expected = 0.5 * norm(oracle(make(), x, index, torch.ones_like(weight)))
     torch.testing.assert_close(experts(x, index, weight), expected)
+
+
+def test_tokens_that_are_weighed_already() -> None:
+    torch.manual_seed(0)
+    experts = [
+        nn.ModuleDict(
+            {
+                "up": nn.Linear(HIDDEN, 2 * WIDTH, bias=False),
+                "down": nn.Linear(WIDTH, HIDDEN, bias=False),
+            }
+        )
+        for _ in range(EXPERTS)
+    ]
+    module = Experts(experts, "up", "down", gate).double()
+    x = torch.randn(3, HIDDEN, dtype=torch.float64)
+    scores = torch.tensor([[0.5, 0.0, 0.0, 0.2], [0.0, 0.0, 0.0, 0.9], [0.3, 0.0, 0.1, 0.0]])
+    weighed = (scores.t().unsqueeze(-1) * x).flatten(0, 1).double()
+    calls: list[int] = []
+    for expert in module:
+        expert["up"].register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    found = module(weighed)
+    assert calls == [2, 1, 2]
+    for index, expert in enumerate(module):
+        rows = weighed[3 * index : 3 * index + 3]
+        expected = expert["down"](gate(expert["up"](rows)))
+        torch.testing.assert_close(found[3 * index : 3 * index + 3], expected)

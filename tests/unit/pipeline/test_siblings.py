@@ -61,5 +61,7 @@ def test_other_shapes_and_other_blocks_do_not_count() -> None:
 
 
 def test_warns_with_numbers() -> None:
-    with pytest.warns(UserWarning, match=r"2 of 3 layers .* 1 of them none .*experts\.2\.up"):
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 layers .* 1 of them not a single one .*experts\.2\.up"
+    ):
         warn(counts(e0=100, e1=3, e2=0))
