@@ -83,6 +83,14 @@ def test_two_models_in_one(encoder: str, decoder: str, expected: set[str]) -> No
     assert not any("predictions" in name for name in plan)
 
 
+def test_a_tower_in_a_model_that_reads_text_itself() -> None:
+    config = transformers.GitConfig(**TEXT, vision_config={**VISION, "num_channels": 3})
+    with torch.device("meta"):
+        plan = planned(transformers.GitForCausalLM(config))
+    assert len([name for name in plan if name.startswith("git.encoder.layer.")]) == 12
+    assert not any("image_encoder" in name for name in plan)
+
+
 def test_models_of_one_kind_alone_are_quantized_whole() -> None:
     vision = transformers.ViTModel(transformers.ViTConfig(**VISION))
     linears = {n for n, m in vision.named_modules() if isinstance(m, torch.nn.Linear)}
