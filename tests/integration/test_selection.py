@@ -117,3 +117,9 @@ def test_patterns_fit_nothing_else() -> None:
     assert "bert.encoder.layer.0.classifier" in planned(model)
     assert "classifier" not in planned(model)
     assert any(p.startswith("re:") for p in modules_to_skip(model, SqueezeLLMConfig()))
+
+
+@pytest.mark.parametrize("pattern", ["!", "!re:("])
+def test_wrong_exceptions_are_named(pattern: str) -> None:
+    with pytest.raises(ValueError, match="modules_to_not_convert: "):
+        SqueezeLLMConfig(modules_to_not_convert=[pattern])
