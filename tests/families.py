@@ -1,7 +1,6 @@
 """Tiny models of the families that are supported, with random weights: from their configs alone.
 
-Each has two layers of 64 hidden units. Families that share their linear layers with none of these
-(fused experts) are added to ``FAMILIES`` where they are tested.
+Each has two layers of 64 hidden units.
 """
 
 from collections.abc import Callable
@@ -77,6 +76,8 @@ class Family:
         kept: modules with linear layers that must not be quantized.
         not_adapted: layers that get no LoRA adapter: PEFT refuses one, or the model reads the
             layer's weight and never calls it.
+        compiles: whether the model can be traced as a whole.
+        adapts: whether one input reaches the adapters of all layers.
         scale: what the weights are multiplied by, for the usual initialization is so small that
             rounding hardly shows.
         error: the output of the quantized model differs from that of the original by less,
@@ -95,6 +96,8 @@ class Family:
     reason: str = ""
     kept: tuple[str, ...] = ("lm_head",)
     not_adapted: tuple[str, ...] = ()
+    compiles: bool = True
+    adapts: bool = True
     scale: float = 2.0
     error: float = 0.2
 

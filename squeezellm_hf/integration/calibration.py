@@ -15,6 +15,7 @@ from squeezellm_hf.calibration.objectives import (
     SampledLabels,
     Seq2SeqLM,
 )
+from squeezellm_hf.integration.classes import class_names
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.integration.selection import head_name
 from squeezellm_hf.integration.tokenizer import tokenizer_for
@@ -39,10 +40,10 @@ def objective_for(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     if encoder_decoder and head_name(model) is not None:
         return Seq2SeqLM(seed)
-    if not encoder_decoder and name in _classes("MODEL_FOR_MASKED_LM_MAPPING_NAMES"):
+    if not encoder_decoder and name in class_names("MODEL_FOR_MASKED_LM_MAPPING_NAMES"):
         mask = getattr(_tokenizer(model, config, tokenizer), "mask_token_id", None)
         return MaskedLM(seed, model.get_input_embeddings().num_embeddings, mask)
-    classifiers = _classes(
+    classifiers = class_names(
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
         "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
         "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
@@ -102,16 +103,6 @@ def calibration_samples(
         text_column=config.text_column,
         vocab_size=model.get_input_embeddings().num_embeddings,
     )
-
-
-def _classes(*mappings: str) -> set[str]:
-    from transformers.models.auto import modeling_auto  # not while transformers is being imported
-
-    names: set[str] = set()
-    for mapping in mappings:
-        for value in getattr(modeling_auto, mapping, {}).values():
-            names |= {value} if isinstance(value, str) else set(value)
-    return names
 
 
 def _tokenizer(model: Any, config: SqueezeLLMConfig, tokenizer: Any) -> Any:

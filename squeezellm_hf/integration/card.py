@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from squeezellm_hf.integration.card_results import evaluation_results
+from squeezellm_hf.integration.card_usage import task, usage
 from squeezellm_hf.integration.config import SqueezeLLMConfig
 from squeezellm_hf.nn import SqueezeLLMLinear
 
@@ -39,10 +40,7 @@ pip install squeezellm-hf
 ```
 
 ```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="{repository}")
-print(generate("The capital of France is", max_new_tokens=20)[0]["generated_text"])
+{usage}
 ```
 
 Nothing else needs to be imported: the installed package registers itself with Transformers.
@@ -72,7 +70,7 @@ def model_card(model: Any, repository: str) -> ModelCard:
     results = evaluation_results(getattr(model.config, "name_or_path", None))
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation" if model.can_generate() else None,
+        pipeline_tag=task(model),
         base_model=original,
         base_model_relation="quantized" if original else None,
         quantized_by=owner or None,
@@ -83,7 +81,7 @@ def model_card(model: Any, repository: str) -> ModelCard:
     body = _BODY.format(
         marker=MARKER,
         title=title,
-        repository=repository,
+        usage=usage(model, repository),
         original=f"[{original}](https://huggingface.co/{original})" if original else "A model",
         codebook=_CODEBOOKS[config.codebook],
         bits_per_weight=8 * sum(layer.weight_bytes for layer in layers) / weights,
@@ -115,6 +113,8 @@ def _calibration(config: SqueezeLLMConfig) -> str:
     described = config.to_dict()["dataset"]
     if described is None:
         return "none; all weights count the same"
+    if " batches sha256:" in described:
+        return str(described)
     return (
         f"{described}, {config.n_samples} sequences of {config.sequence_length} tokens, "
         f"seed {config.seed}"

@@ -85,6 +85,14 @@ def text_configs(model: Any) -> list[Any]:
     return [part for part in parts if part is not None and hasattr(part, "to_dict")]
 
 
+def _other_configs(model: Any) -> list[Any]:
+    """What else is in the config of a model that reads text itself: GIT's vision_config."""
+    if model.main_input_name != "input_ids":
+        return []
+    names = set(getattr(model.config, "sub_configs", None) or {}) - {*_TEXT_CONFIGS, "encoder"}
+    return [getattr(model.config, name, None) for name in names]
+
+
 def _is_task_head(name: str, parts: list["_Part"]) -> bool:
     return any(not _is_below(name, part.base) for part in parts)
 
@@ -92,9 +100,10 @@ def _is_task_head(name: str, parts: list["_Part"]) -> bool:
 def _is_text(parts: list["_Part"]) -> bool:
     """Whether the innermost of the parts around a layer is one for text."""
     configs = [config for part in parts for config in text_configs(part.model)]
-    if not configs:
-        return True
     inner = parts[-1].model
+    if not configs:
+        others = [config for part in parts for config in _other_configs(part.model)]
+        return not any(type(inner.config) is type(c) for c in others)
     # Not by identity: some models copy the config of a part.
     return not text_configs(inner) and any(type(inner.config) is type(c) for c in configs)
 

@@ -81,7 +81,8 @@ def warn(tokens: Mapping[str, Tensor]) -> None:
         none = sum(not int(tokens[name]) for name in few)
         warnings.warn(
             f"{len(few)} of {len(tokens)} layers got fewer than {ENOUGH_TOKENS} tokens of the "
-            f"calibration data, {none} of them not a single one (such as {min(few, key=lambda n: tokens[n])}): "
+            f"calibration data, {none} of them not a single one (such as "
+            f"{min(few, key=lambda n: tokens[n])}): "
             "what they lack comes from the other experts; raise n_samples or sequence_length",
             stacklevel=2,
         )

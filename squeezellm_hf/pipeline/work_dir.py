@@ -42,7 +42,7 @@ def fingerprint(
         digest.update(sequences.cpu().contiguous().numpy().tobytes())
     elif sequences is not None:
         digest.update(batches.digest(sequences))
-    if objective is not None and objective != CausalLM():
+    if objective is not None and not isinstance(objective, CausalLM):
         digest.update(repr(objective).encode())
     return digest.hexdigest()
 

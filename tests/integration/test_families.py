@@ -99,7 +99,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     return found
 
 
-families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def each(chosen: list[Family]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("family", chosen, ids=lambda family: family.name)
+
+
+families = each(FAMILIES)
+compiling_families = each([family for family in FAMILIES if family.compiles])
+adapted_families = each([family for family in FAMILIES if family.adapts])
 
 
 @families
@@ -142,7 +148,7 @@ def test_reloads_in_a_fresh_process(results: dict[str, Result], family: Family) 
     torch.testing.assert_close(result.reloaded["output"], result.output, rtol=1e-5, atol=1e-5)
 
 
-@families
+@compiling_families
 def test_compiles_without_graph_break(results: dict[str, Result], family: Family) -> None:
     """Traced as a whole; what a compiler makes of the graph is tested on Llama."""
     model = load(results[family.name], family)
@@ -154,7 +160,7 @@ def test_compiles_without_graph_break(results: dict[str, Result], family: Family
     torch.testing.assert_close(actual, results[family.name].output, rtol=1e-4, atol=1e-4)
 
 
-@families
+@adapted_families
 def test_adapters_learn(results: dict[str, Result], family: Family) -> None:
     peft = pytest.importorskip("peft")
     result = results[family.name]

@@ -8,9 +8,16 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from squeezellm_hf import SqueezeLLMConfig, SqueezeLLMLinear, quantize_model
+from squeezellm_hf.integration.card import model_card
 from tests.conftest import BLOCKS, LINEARS_PER_BLOCK, VOCABULARY
 from tests.families import FAMILIES
 
@@ -95,9 +102,13 @@ def test_casts_that_would_spoil_it_are_refused(quantized: Any, token_ids: Tensor
     assert quantized.to("cpu")(token_ids).logits.equal(before)
 
 
-def test_pipeline_quantizes(with_tokenizer: Path, tmp_path: Path) -> None:
-    """The config also reaches the tokenizer this way, and must not keep it from being saved."""
-    settings = SqueezeLLMConfig(dataset=["w5 w6 w7 w8 w9 " * 40], n_samples=2, sequence_length=16)
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_pipeline_quantizes(with_tokenizer: Path, tmp_path: Path, as_dictionary: bool) -> None:
+    """The request also reaches the tokenizer, which then can save a dictionary, but no object."""
+    options = {"dataset": ["w5 w6 w7 w8 w9 " * 40], "n_samples": 2, "sequence_length": 16}
+    settings: Any = SqueezeLLMConfig(**options)
+    if as_dictionary:
+        settings = {"quant_method": "squeezellm", **options}
     made = pipeline(
         "text-generation",
         model=str(with_tokenizer),
@@ -106,7 +117,11 @@ def test_pipeline_quantizes(with_tokenizer: Path, tmp_path: Path) -> None:
     text = made("w1 w2 w3", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert text.startswith("w1 w2 w3")
     assert count(made.model) == BLOCKS * LINEARS_PER_BLOCK
-    made.save_pretrained(tmp_path)
+    if as_dictionary:
+        made.save_pretrained(tmp_path)
+    else:
+        made.model.save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(with_tokenizer).save_pretrained(tmp_path)
     again = pipeline("text-generation", model=str(tmp_path))
     assert count(again.model) == count(made.model)
     assert again("w1 w2 w3", max_new_tokens=4, do_sample=False)[0]["generated_text"] == text
@@ -174,6 +189,30 @@ def test_quantized_model_in_memory_is_the_one_from_pretrained(
         json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")
     )
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("family", "tag"),
+    [
+        ("Llama", "text-generation"),
+        ("BERT", "fill-mask"),
+        ("BERT classifier", "text-classification"),
+        ("T5", None),
+        ("Whisper", "automatic-speech-recognition"),
+        ("LLaVA", "image-text-to-text"),
+    ],
+)
+def test_the_card_fits_the_model(family: str, tag: str | None) -> None:
+    model = BY_NAME[family].build()
+    settings = SqueezeLLMConfig(dataset=None)
+    quantize_model(model, None, settings, progress=False)
+    settings.dataset = "2 batches sha256:0123456789abcdef"  # as a checkpoint says
+    card = model_card(model, "me/model")
+    assert card.data.pipeline_tag == tag
+    loader = "pipeline" if tag == "text-generation" else type(model).__name__
+    assert f"from transformers import {loader}" in card.text
+    assert '"me/model")' in card.text
+    assert "| 2 batches sha256:0123456789abcdef |" in card.text
 
 
 def _layers(model: nn.Module) -> list[SqueezeLLMLinear]:

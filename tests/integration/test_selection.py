@@ -83,6 +83,14 @@ def test_two_models_in_one(encoder: str, decoder: str, expected: set[str]) -> No
     assert not any("predictions" in name for name in plan)
 
 
+def test_a_tower_in_a_model_that_reads_text_itself() -> None:
+    config = transformers.GitConfig(**TEXT, vision_config={**VISION, "num_channels": 3})
+    with torch.device("meta"):
+        plan = planned(transformers.GitForCausalLM(config))
+    assert len([name for name in plan if name.startswith("git.encoder.layer.")]) == 12
+    assert not any("image_encoder" in name for name in plan)
+
+
 def test_models_of_one_kind_alone_are_quantized_whole() -> None:
     vision = transformers.ViTModel(transformers.ViTConfig(**VISION))
     linears = {n for n, m in vision.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -109,3 +117,9 @@ def test_patterns_fit_nothing_else() -> None:
     assert "bert.encoder.layer.0.classifier" in planned(model)
     assert "classifier" not in planned(model)
     assert any(p.startswith("re:") for p in modules_to_skip(model, SqueezeLLMConfig()))
+
+
+@pytest.mark.parametrize("pattern", ["!", "!re:("])
+def test_wrong_exceptions_are_named(pattern: str) -> None:
+    with pytest.raises(ValueError, match="modules_to_not_convert: "):
+        SqueezeLLMConfig(modules_to_not_convert=[pattern])

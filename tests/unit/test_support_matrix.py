@@ -10,6 +10,11 @@ from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+BY_DECORATOR = {  # of tests/integration/test_families.py
+    "families": FAMILIES,
+    "compiling_families": [family for family in FAMILIES if family.compiles],
+    "adapted_families": [family for family in FAMILIES if family.adapts],
+}
 COLUMNS = ["family", "quantize", "load", "TP", "LoRA", "compile"]
 
 
@@ -56,8 +61,8 @@ def test_cells_name_tests_of_the_family(row: list[str]) -> None:
     for letter in (letter for cell in cells for letter in cell.split()):
         definition, source = function(legend()[letter])
         decorators = {ast.unparse(decorator) for decorator in definition.decorator_list}
-        if "families" in decorators:
-            assert family in {f.name for f in FAMILIES}
+        if chosen := decorators & BY_DECORATOR.keys():
+            assert family in {f.name for f in BY_DECORATOR[chosen.pop()]}
         else:
             # By its name, or its folder on disk is the tiny Llama's.
             body = "".join([*decorators, ast.get_source_segment(source, definition) or ""])
