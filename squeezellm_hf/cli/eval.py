@@ -15,6 +15,7 @@ from squeezellm_hf.cli.loading import Loading
 from squeezellm_hf.evaluation.environment import environment
 from squeezellm_hf.evaluation.evaluate import Evaluation, evaluate
 from squeezellm_hf.evaluation.footprint import model_footprint
+from squeezellm_hf.evaluation.remembered import RememberedModel
 from squeezellm_hf.evaluation.report import (
     Column,
     decimals,
@@ -97,6 +98,8 @@ class Command:
             if self.card and not (Path(name) / "README.md").is_file():
                 raise ValueError(f"--card: {name!r} is no local folder with a model card")
         original = self.loading.model(self.reference) if self.reference is not None else None
+        several = original is not None and len(self.models) > 1
+        compared = RememberedModel(original) if several else original
         rows: list[dict[str, Any]] = []
         for name in self.models:
             if name != (self.reference or self.models[0]):
@@ -105,7 +108,7 @@ class Command:
             result = evaluate(
                 model,
                 text,
-                original=original,
+                original=compared,
                 sequence_length=self.sequence_length,
                 stride=self.stride,
                 progress=True,
