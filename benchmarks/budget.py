@@ -9,6 +9,7 @@ really took, and those of --average-bits and --target-kl.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -46,7 +47,7 @@ COLUMNS = (
 def main() -> None:
     """Quantize, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(CACHE / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--model", help="Hub id or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--codebook", default="kmeans", choices=("kmeans", "lnq", "guided"))
     parser.add_argument("--uniform", nargs="*", default=["3:1"])
     parser.add_argument("--not-matched", action="store_true", help="no budgets of their bits")
@@ -57,11 +58,12 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, help="keep what is calibrated here, and resume")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    name = options.model or _smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(name)
     text = token_batches(
         split("test"), tokenizer, n_samples=options.n_windows, sequence_length=LENGTH
     )
-    original = _load(options.model)
+    original = _load(name)
     before = perplexity(original, text, progress=True)
     rows: list[dict[str, Any]] = [{"model": "original", **asdict(before)}]
     with tempfile.TemporaryDirectory() as temporary:
@@ -78,7 +80,7 @@ def main() -> None:
                 work_dir=work_dir,
                 **fields,
             )
-            model = quantize_model(_load(options.model), tokenizer, config)
+            model = quantize_model(_load(name), tokenizer, config)
             seconds = time.monotonic() - start
             size = model_footprint(model)
             if config.budget is not None:
@@ -113,14 +115,24 @@ def main() -> None:
             measure(f"target_kl={target:g}", target_kl=target)
     print_table(rows, COLUMNS, f"{options.codebook}, {options.n_windows} x {LENGTH} tokens")
     if options.json is not None:
-        name = Path(options.model).name
         write_json(
-            options.json, rows, model=name, codebook=options.codebook, environment=environment()
+            options.json,
+            rows,
+            model=Path(name).name,
+            codebook=options.codebook,
+            environment=environment(),
         )
 
 
 def _load(name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+
+
+def _smollm2() -> str:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    from smollm2 import build
+
+    return str(build(CACHE / "SmolLM2-135M-Instruct"))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the divergence on 4 x 512 other tokens of these texts, everything in fp32.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,15 @@ COLUMNS = (
 def main() -> None:
     """Predict, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(CACHE / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--model", help="Hub id or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--sparse", type=float, default=0.0, help="times 0.45 %%")
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 5, 12, 20])
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    name = options.model or _smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(name)
 
     def windows(seed: int) -> torch.Tensor:
         return token_batches(
@@ -52,7 +54,7 @@ def main() -> None:
         )
 
     sequences = windows(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
     plan = make_plan(model, SqueezeLLMParameters(), skip=["lm_head"])
     linears = {name: model.get_submodule(name) for name in plan}
     work_dir = WorkDir(options.work_dir, fingerprint(model, sequences))
@@ -64,16 +66,16 @@ def main() -> None:
         outlier_fraction=0.004 * options.sparse,
         sensitive_fraction=0.0005 * options.sparse,
     )
-    names = [name for name in plan if int(name.split(".")[2]) in options.blocks]
+    layers = [layer for layer in plan if int(layer.split(".")[2]) in options.blocks]
     reference = ReferenceLogits(model, held_out(windows(1), sequences, 4))
-    probes = [(name, parameters) for name in names]
+    probes = [(layer, parameters) for layer in layers]
     measured = measure_probes(model, linears, probes, reference, lambda: statistics, None)
     rows = []
-    for name, kl in zip(names, measured, strict=True):
-        (error,) = fisher_errors(linears[name].weight, statistics[0][name], [parameters])
+    for layer, kl in zip(layers, measured, strict=True):
+        (error,) = fisher_errors(linears[layer].weight, statistics[0][layer], [parameters])
         predicted = LENGTH / (2 * SAMPLES) * error
         rows.append(
-            {"layer": name, "predicted": predicted, "measured": kl, "ratio": kl / predicted}
+            {"layer": layer, "predicted": predicted, "measured": kl, "ratio": kl / predicted}
         )
     print_table(rows, COLUMNS, f"{options.bits} bits + {options.sparse:g} x 0.45 %")
     logs = torch.tensor([[row["predicted"], row["measured"]] for row in rows]).log()
@@ -81,6 +83,13 @@ def main() -> None:
     print(f"correlation of the logarithms: {correlation:.3f}")
     if options.json is not None:
         write_json(options.json, rows, correlation=correlation, environment=environment())
+
+
+def _smollm2() -> str:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    from smollm2 import build
+
+    return str(build(CACHE / "SmolLM2-135M-Instruct"))
 
 
 if __name__ == "__main__":
