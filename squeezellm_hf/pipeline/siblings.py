@@ -79,10 +79,10 @@ def warn(tokens: Mapping[str, Tensor]) -> None:
     few = missing_tokens(tokens)
     if few:
         none = sum(not int(tokens[name]) for name in few)
+        least = min(few, key=lambda name: int(tokens[name]))
         warnings.warn(
             f"{len(few)} of {len(tokens)} layers got fewer than {ENOUGH_TOKENS} tokens of the "
-            f"calibration data, {none} of them not a single one (such as "
-            f"{min(few, key=lambda n: tokens[n])}): "
-            "what they lack comes from the other experts; raise n_samples or sequence_length",
+            f"calibration data, {none} of them not a single one (such as {least}): what they lack "
+            "comes from the other experts; raise n_samples or sequence_length",
             stacklevel=2,
         )
