@@ -1,0 +1,73 @@
+"""Where the time of a decoding step goes on a CUDA device: by kernel, and what the host leaves idle.
+
+    python benchmarks/decode_profile.py 32b --layers 8 --weights bf16 w4+ w3
+
+A model with random weights through Transformers' compiled ``generate``, batch 1, static cache, as
+in models.py. Wall time is the difference of two lengths of text without a profiler; kernels are
+those that the profiler counts more of in the longer one.
+"""
+
+import argparse
+from collections import Counter
+
+import torch
+from models import Generation, build
+from torch.profiler import ProfilerActivity, profile
+
+PROMPT, SHORT, LONG = 512, 32, 96
+
+
+def kernels(generation: Generation, tokens: int) -> tuple[Counter[str], Counter[str]]:
+    """Microseconds and calls by kernel, of one text."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        generation.run(tokens)
+    microseconds: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            microseconds[event.name] += event.device_time
+            calls[event.name] += 1
+    return microseconds, calls
+
+
+def report(name: str, weights: str, layers: int | None, rows: int) -> None:
+    """Print the kernels of a decoding step that take longest."""
+    model = build(name, weights, layers, "cuda")
+    generation = Generation(model, PROMPT, compiled=True)
+    for tokens in (LONG, SHORT, LONG):
+        generation.run(tokens)
+    tokens = LONG - SHORT
+    seconds = min(generation.seconds(LONG) for _ in range(3))
+    seconds -= min(generation.seconds(SHORT) for _ in range(3))
+    short, long = kernels(generation, SHORT), kernels(generation, LONG)
+    microseconds = {k: (long[0][k] - short[0][k]) / tokens for k in long[0]}
+    calls = {k: (long[1][k] - short[1][k]) / tokens for k in long[1]}
+    print(
+        f"{name}, {model.config.num_hidden_layers} blocks, {weights}: {seconds / tokens * 1e6:.0f} "
+        f"us a token, the device busy for {sum(microseconds.values()):.0f} with "
+        f"{sum(calls.values()):.0f} kernels"
+    )
+    for kernel in sorted(microseconds, key=lambda k: -microseconds[k])[:rows]:
+        print(f"  {microseconds[kernel]:8.1f} us {calls[kernel]:6.1f} x {kernel[:100]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=["8b", "32b", "70b"])
+    parser.add_argument("--weights", nargs="+", default=["bf16", "w4+", "w3"],
+                        help="bf16, or w and the bits, with + for a sparse part")  # fmt: skip
+    parser.add_argument("--layers", type=int, help="blocks; default: the model's own")
+    parser.add_argument("--rows", type=int, default=16, help="kernels to print")
+    args = parser.parse_args()
+    for weights in args.weights:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            report(args.model, weights, args.layers, args.rows)
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
