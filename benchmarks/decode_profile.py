@@ -1,4 +1,4 @@
-"""Where the time of a decoding step goes on a CUDA device: by kernel, and what the host leaves idle.
+"""Where the time of a decoding step on a CUDA device goes: by kernel, and idle for the host.
 
     python benchmarks/decode_profile.py 32b --layers 8 --weights bf16 w4+ w3
 
