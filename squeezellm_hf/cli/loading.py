@@ -47,17 +47,20 @@ class Loading:
 
         Args:
             name: Hub id or folder.
-            any_kind: By the class that its config names, if that is one of Transformers';
-                otherwise as a causal language model.
+            any_kind: As the class of Transformers that its config names, if that is no causal
+                language model; otherwise, and by default, as one.
             options: Of `from_pretrained`.
         """
         import transformers
+
+        from squeezellm_hf.integration.classes import class_names
 
         check_name(name)
         kind = transformers.AutoModelForCausalLM
         if any_kind:
             named = (getattr(self.config(name), "architectures", None) or [""])[0]
-            kind = getattr(transformers, named or "AutoModelForCausalLM", kind)
+            if named and named not in class_names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"):
+                kind = getattr(transformers, named, kind)
         model = kind.from_pretrained(
             name, dtype=self.dtype, device_map=self.device_map, **self._hub, **options
         )

@@ -89,7 +89,8 @@ def calibration_samples(
         if dataset != _DEFAULT_DATASET:
             raise ValueError(message)
         warnings.warn(
-            f"{message}. It is quantized without calibration now: all weights count the same",
+            f"{message}. It is quantized without calibration now: by k-means (codebook='kmeans'), "
+            "and all weights count the same",
             stacklevel=2,
         )
         return None

@@ -135,9 +135,7 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
             none and a codebook needs it.
     """
     expand.warn_of_unknown(model)
-    with expand.structure(model):
-        skip = [*modules_to_skip(model, config), *expand.routers(model)]
-        plan = make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
+    plan = _plan(model, config)
     tokenizer = tokenizer if tokenizer is not None else config.tokenizer
     objective = objective_for(model, config, tokenizer)
     for name, value in (
@@ -150,6 +148,9 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
                 f"{name}={value} needs a causal language model, got {type(model).__name__}"
             )
     samples = calibration_samples(model, config, tokenizer)
+    if samples is None and config.dataset is not None and config.codebook != "kmeans":
+        config.codebook = "kmeans"  # the warning that there is no data for this model was given
+        plan = _plan(model, config)
     check_calibration(plan, samples is not None)
     return Run(
         config,
@@ -159,6 +160,12 @@ def prepare(model: Any, config: SqueezeLLMConfig, tokenizer: Any = None) -> Run:
         objective,
         _allocator(model, config, tokenizer, plan, samples),
     )
+
+
+def _plan(model: Any, config: SqueezeLLMConfig) -> Plan:
+    with expand.structure(model):
+        skip = [*modules_to_skip(model, config), *expand.routers(model)]
+        return make_plan(model, config.parameters, skip=skip, overrides=config.overrides)
 
 
 def _allocator(

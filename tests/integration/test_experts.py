@@ -356,7 +356,7 @@ def test_parallel_plans_leave_expanded_experts_alone(folder: Path) -> None:
 def test_tables_are_distilled(family: str, token_ids: Tensor) -> None:
     texts = token_ids.repeat(4, 1)
     config = settings(
-        token_ids, bits=3, distill_steps=4, distill_batch_size=4,
+        token_ids, preset="fast", bits=3, distill_steps=4, distill_batch_size=4,
         distill_sequence_length=32, distill_dataset=texts,
     )  # fmt: skip
     quantize_model(tiny(family), None, config, progress=False)
