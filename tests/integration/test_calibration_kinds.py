@@ -177,7 +177,14 @@ def test_what_does_not_fit_is_named() -> None:
 @pytest.mark.filterwarnings("ignore:.*without calibration")
 def test_hessians_need_batches() -> None:
     settings = SqueezeLLMConfig(codebook="guided")
-    with pytest.raises(ValueError, match=r"codebook='guided' of .* needs calibration data"):
+    with pytest.warns(UserWarning, match="It is quantized without calibration now: by k-means"):
+        quantize_model(BY_NAME["Whisper"].build(), None, settings, progress=False)
+    assert settings.codebook == "kmeans"
+    settings = SqueezeLLMConfig(overrides={"fc1": {"codebook": "lnq"}})
+    with (
+        pytest.warns(UserWarning, match="It is quantized without calibration now"),
+        pytest.raises(ValueError, match=r"codebook='lnq' of .*fc1 needs calibration data"),
+    ):
         quantize_model(BY_NAME["Whisper"].build(), None, settings, progress=False)
 
 
