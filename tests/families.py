@@ -288,3 +288,85 @@ FAMILIES: list[Family] = [
     ),
     *_vision_language(),
 ]
+
+_MIXTURE = {**TEXT, "num_experts_per_tok": 2}
+
+
+def _experts() -> list[Family]:
+    plain: dict[str, Any] = {"compiles": False, "adapts": False}
+    return [
+        Family(
+            "Mixtral",
+            "MixtralForCausalLM",
+            "MixtralConfig",
+            {**_MIXTURE, "num_local_experts": 4},
+            **plain,
+        ),
+        Family(
+            "Qwen3-MoE",
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            {**_MIXTURE, "head_dim": 16, "moe_intermediate_size": 48, "num_experts": 4},
+            **plain,
+        ),
+        Family(
+            "gpt-oss",
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            {
+                **_MIXTURE,
+                "head_dim": 16,
+                "num_local_experts": 4,
+                "sliding_window": 8,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            **plain,
+        ),
+        Family(
+            "DeepSeek-V3",
+            "DeepseekV3ForCausalLM",
+            "DeepseekV3Config",
+            {
+                **_MIXTURE,
+                "num_key_value_heads": 4,
+                "moe_intermediate_size": 48,
+                "n_routed_experts": 4,
+                "n_shared_experts": 1,
+                "n_group": 2,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+                "q_lora_rank": 32,
+                "kv_lora_rank": 32,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+            },
+            **plain,
+        ),
+        Family(
+            "OLMoE",
+            "OlmoeForCausalLM",
+            "OlmoeConfig",
+            {**_MIXTURE, "num_experts": 4},
+            **plain,
+        ),
+        Family(
+            "GPT-2",
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            {
+                "vocab_size": VOCABULARY,
+                "n_embd": 64,
+                "n_layer": 2,
+                "n_head": 4,
+                "n_positions": 64,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
+            blocks=("transformer.h",),
+        ),
+    ]
+
+
+FAMILIES += _experts()

@@ -103,7 +103,7 @@ def main() -> None:
         for path in sorted(directory.iterdir())
         if path.is_dir() and not path.suffix
     }
-    found["refusals"] = refusals(directory / "qwen2", Path(sys.argv[2]))
+    found["refusals"] = refusals(directory / "Qwen2", Path(sys.argv[2]))
     torch.save(found, directory / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -66,10 +66,10 @@ def phi3() -> nn.Module:
     return Phi3ForCausalLM(Phi3Config(**SIZES))
 
 
-MODELS = {"llama": llama, "qwen2": qwen2, "phi3": phi3, "biased": biased}
+MODELS = {"Llama": llama, "Qwen2": qwen2, "Phi-3": phi3, "biased": biased}
 CHANGES: dict[str, dict[str, object]] = {
-    "qwen2": {"overrides": {"layers.1.mlp.down_proj": {"skip": True}}},
-    "phi3": {"outlier_fraction": 0.0, "sensitive_fraction": 0.0},
+    "Qwen2": {"overrides": {"layers.1.mlp.down_proj": {"skip": True}}},
+    "Phi-3": {"outlier_fraction": 0.0, "sensitive_fraction": 0.0},
 }
 
 
@@ -82,7 +82,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, token_ids: Tensor) -> 
         config = SqueezeLLMConfig(dataset=token_ids, n_samples=4, sequence_length=32, **changes)
         model = quantize_model(make().eval(), None, config, progress=False)
         model.save_pretrained(directory / name)
-    damage(directory / "llama", directory / "damaged.d")
+    damage(directory / "Llama", directory / "damaged.d")
     torch.save(token_ids, directory / "token_ids.pt")
     return directory
 
