@@ -18,6 +18,8 @@ from squeezellm_hf.calibration.accumulate import check_loss
 from squeezellm_hf.calibration.objectives import Objective
 
 HIDDEN = "hidden_states"
+# What a block may be called with that keeps something from one call to the next.
+_CACHES: dict[str, Any] = {"past_key_values": None, "past_key_value": None, "use_cache": False}
 
 
 class _ReachedBlocks(Exception):
@@ -244,7 +246,11 @@ class BlockRunner:
 
         def after(block: nn.Module, _: Any, output: Any) -> None:
             args, kwargs = state["call"]
-            others = {key: value for key, value in kwargs.items() if key != HIDDEN or args}
+            others = {
+                key: _CACHES.get(key, value)
+                for key, value in kwargs.items()
+                if key != HIDDEN or args
+            }
             in_tuple = isinstance(output, tuple)
             state["hidden"] = output[0] if in_tuple else output
             kept = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, others)

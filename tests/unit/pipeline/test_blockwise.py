@@ -5,40 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    OPTConfig,
-    PreTrainedConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 
 from squeezellm_hf import SqueezeLLMConfig, quantize_model
 from squeezellm_hf.calibration import blocks
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters
 from squeezellm_hf.pipeline import blockwise, make_plan, quantize_modules
 from squeezellm_hf.pipeline import quantize as pipeline_quantize
-from tests.conftest import BLOCKS, VOCABULARY, tiny_llama
+from tests.conftest import BLOCKS, tiny_llama
+from tests.families import FAMILIES
 
 CPU = torch.device("cpu")
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-}
-FAMILIES: dict[str, PreTrainedConfig] = {
-    # Blocks with and without a sliding window: masks and position embeddings differ.
-    "gemma3": Gemma3TextConfig(
-        **COMMON, intermediate_size=96, num_key_value_heads=2, head_dim=16, sliding_window=8,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-    ),
-    "gpt_neox": GPTNeoXConfig(**COMMON, intermediate_size=96),
-    "opt": OPTConfig(**COMMON, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=64),
-    "qwen3": Qwen3Config(**COMMON, intermediate_size=96, num_key_value_heads=2, head_dim=16),
-}  # fmt: skip
+# Sliding windows, a cache by default, hidden tokens, experts, Conv1D, states instead of attention.
+NAMES = ["Gemma 3", "OPT", "GPT-NeoX", "LLaVA", "BERT", "Mixtral", "GPT-2", "Falcon-H1"]
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -64,17 +43,27 @@ def test_same_as_the_whole_at_once(
     assert_same(whole, one_by_one)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str, token_ids: torch.Tensor) -> None:
-    def model() -> Any:
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+@pytest.mark.parametrize("name", NAMES)
+def test_families(name: str, token_ids: torch.Tensor) -> None:
+    (family,) = (each for each in FAMILIES if each.name == name)
+    models = []
+    for blockwise_ in (None, True):
+        models.append(family.build())
+        config = SqueezeLLMConfig(
+            preset="fast", bits=3, dataset=token_ids, n_samples=4, sequence_length=32,
+            blockwise=blockwise_,
+        )  # fmt: skip
+        quantize_model(models[-1], None, config, progress=False)
+    assert_same(*models)
 
-    whole, one_by_one = model(), model()
-    plan = make_plan(whole, SqueezeLLMParameters(bits=4), skip=["lm_head", "embed_out"])
-    quantize_modules(whole, plan, token_ids, progress=False)
-    quantize_modules(one_by_one, plan, token_ids, progress=False, device=CPU)
-    assert_same(whole, one_by_one)
+
+def test_an_encoder_before_the_blocks_is_refused(token_ids: torch.Tensor) -> None:
+    (family,) = (each for each in FAMILIES if each.name == "T5")
+    config = SqueezeLLMConfig(
+        preset="fast", dataset=token_ids, n_samples=4, sequence_length=32, blockwise=True
+    )
+    with pytest.raises(ValueError, match="called with arguments that depend on the text"):
+        quantize_model(family.build(), None, config, progress=False)
 
 
 def test_without_data() -> None:
