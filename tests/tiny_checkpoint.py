@@ -10,11 +10,17 @@ from tests.conftest import tiny_llama
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and one for padding, on the left."""
+def byte_level() -> Tokenizer:
+    """One token a byte, and nothing else."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with one for padding, on the left, and a chat template."""
+    tokenizer = byte_level()
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left", model_max_length=128

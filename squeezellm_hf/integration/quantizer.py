@@ -15,7 +15,6 @@ from transformers.utils import logging
 from squeezellm_hf.integration import autoload, expand, saving
 from squeezellm_hf.integration.checkpoint import check_files, check_nnz
 from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
-from squeezellm_hf.integration.initialization import attach_weight, detach_weight
 from squeezellm_hf.integration.output_head import forget_ties
 from squeezellm_hf.integration.placement import is_tensor_parallel, place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
@@ -98,7 +97,6 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
                 dtype=linear.weight.dtype,
                 device="meta",
             )
-            attach_weight(layer, (layer.out_features, layer.in_features))
             model.set_submodule(name, layer)
         forget_ties(model, records)
         if kwargs.get("checkpoint_files"):
@@ -116,7 +114,6 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
             mapped = MappedFiles()
             for name, record in records.items():
                 layer = model.get_submodule(name)
-                detach_weight(layer)
                 layer.requires_grad_(False)
                 layer.align(mapped)  # first: what reads a mapped tensor leaves it in memory
                 layer.check(f"{name}.")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from squeezellm_hf.cli import main
 from squeezellm_hf.evaluation.harness import evaluate_tasks
 from squeezellm_hf.nn import SqueezeLLMLinear
+from tests.tiny_checkpoint import byte_level
 
 QUESTIONS = [
     {"question": f"{a} and {b} make", "choices": [str(a + b), str(a * b + 7), "none"], "answer": 0}
@@ -63,13 +63,11 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "original"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = byte_level()
     FastTokenizer(tokenizer_object=tokenizer, eos_token="!").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(alphabet),
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +19,7 @@ from transformers import (
 
 from squeezellm_hf.cli import main
 from squeezellm_hf.nn import SqueezeLLMLinear
+from tests.tiny_checkpoint import byte_level
 
 TEXT = "\n\n".join(f"The {word} of line {i}." for i in range(40) for word in ("start", "end"))
 WINDOWS = ("--sequence-length", "32")
@@ -29,13 +29,11 @@ FAST = ("--preset", "fast", "--n-samples", "2", "--sequence-length", "16", "--se
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "original"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = byte_level()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(alphabet),
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=40,
         intermediate_size=72,
         num_hidden_layers=2,
