@@ -57,6 +57,12 @@ def check_files(files: Sequence[str], records: Mapping[str, ModuleRecord]) -> No
                 )
         if not record.nnz and f"{module}.values" in dtypes:
             raise ValueError(f"{module}.values is in the checkpoint, but config.json says nnz=0")
+    for kind in ("qweight", "crow_indices"):
+        if kinds.count(kind) > wanted.get(kind, 0):
+            raise ValueError(
+                f"the checkpoint has {kind} of {kinds.count(kind)} layers, but the modules of "
+                f"config.json are {wanted.get(kind, 0)} with one"
+            )
 
 
 def check_nnz(nnz: int, record: ModuleRecord, module: str) -> None:

@@ -58,7 +58,7 @@ class ModuleRecord:
                 raise ValueError(
                     f"{where}.{key} must be an integer from {low} to {high}, got {value!r}"
                 )
-        if known.table_dtype not in TABLE_DTYPES:
+        if known.table_dtype not in list(TABLE_DTYPES):  # of a list: it may be unhashable
             raise ValueError(
                 f"{where}.table_dtype must be one of {', '.join(TABLE_DTYPES)}, "
                 f"got {known.table_dtype!r}"

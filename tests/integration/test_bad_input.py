@@ -75,6 +75,7 @@ def test_config_values(changes: dict, message: str) -> None:
         ({"modules": {"a": {"bits": 4, "nnz": -1}}}, r"modules\['a'\]\.nnz must be an integer"),
         ({"modules": {"a": {"bits": 4, "nnz": 1.0}}}, r"modules\['a'\]\.nnz must be an integer"),
         ({"modules": {"a": {"bits": 4, "table_dtype": "int8"}}}, r"modules\['a'\]\.table_dtype"),
+        ({"modules": {"a": {"bits": 4, "table_dtype": []}}}, r"modules\['a'\]\.table_dtype"),
         ({"modules": {"a": {"bits": 4, "group": 1}}}, r"modules\['a'\] must be an object"),
     ],
 )

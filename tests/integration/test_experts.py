@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -362,3 +363,19 @@ def test_tables_are_distilled(family: str, token_ids: Tensor) -> None:
     quantize_model(tiny(family), None, config, progress=False)
     assert config.distilled is not None
     assert config.distilled["divergence_after"] < config.distilled["divergence_before"]
+
+
+@pytest.mark.parametrize("change", [{"nnz": 0}, None])
+def test_no_part_of_an_expert_is_passed_by(folder: Path, tmp_path: Path, change: Any) -> None:
+    """Whatever name the tensors have in the files of this family."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder / "mixtral", damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    name = next(name for name, record in modules.items() if ".experts." in name and record["nnz"])
+    modules[name] = modules.pop(name) | (change or {})
+    if change is None:
+        del modules[name]
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"of \d+ layers, but|in the checkpoint, but"):
+        load(damaged)
