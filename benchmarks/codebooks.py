@@ -61,7 +61,7 @@ def matrix(
 def measure(shape: tuple[int, int], count: int, at_once: int, options: Any) -> dict[str, Any]:
     """Seconds for ``count`` matrices, ``at_once`` side by side, and what the solver gained."""
     seconds, errors = {}, {}
-    for codebook in ("kmeans", options.codebook):
+    for codebook in dict.fromkeys(("kmeans", options.codebook)):
         parameters = SqueezeLLMParameters(
             options.bits, codebook=codebook, guided_groups=options.guided_groups
         )
@@ -77,16 +77,17 @@ def measure(shape: tuple[int, int], count: int, at_once: int, options: Any) -> d
             results = quantize_weights(matrices)
             _synchronize(options.device)
             seconds[codebook] += time.perf_counter() - start
-            if first == 0:
+            if first == 0 and matrices[0].hessian is not None:
                 errors[codebook] = _error(matrices[0], results[0])
-    return {
+    row: dict[str, Any] = {
         "out_features": shape[0],
         "in_features": shape[1],
         "matrices": count,
-        "kmeans_s": seconds["kmeans"],
-        f"{options.codebook}_s": seconds[options.codebook],
-        "objective_ratio": errors[options.codebook] / errors["kmeans"],
+        **{f"{codebook}_s": spent for codebook, spent in seconds.items()},
     }
+    if errors:
+        row["objective_ratio"] = errors[options.codebook] / errors["kmeans"]
+    return row
 
 
 def _error(each: WeightMatrix, tensors: dict[str, Tensor]) -> float:
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="blocks of the model")
     parser.add_argument("--at-once", type=int, default=4, help="blocks side by side")
     parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--codebook", default="guided", choices=("lnq", "guided"))
+    parser.add_argument("--codebook", default="guided", choices=("kmeans", "lnq", "guided"))
     parser.add_argument("--guided-groups", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from brown import split
-from quality import DENSE, SPARSE, _smollm2
+from quality import _smollm2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,6 +40,7 @@ from squeezellm_hf.ops import native
 LENGTH = 512
 N_CALIBRATION = 128
 N_TEST = 24
+DENSE: dict[str, Any] = {"outlier_fraction": 0.0, "sensitive_fraction": 0.0}
 # Names in a case, and the settings that they stand for.
 DISTILLATION = {
     "steps": "steps",
@@ -142,7 +143,7 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
         wanted = {name: given.pop(name) for name in DISTILLATION if name in given}
         label = ",".join(f"{name}={value}" for name, value in given.items())
         if label not in quantized:
-            sparse = DENSE if given.pop("dense", False) else SPARSE
+            sparse = DENSE if given.pop("dense", False) else {}
             config = SqueezeLLMConfig(
                 dataset=data["calibration"],
                 n_samples=len(data["calibration"]),
@@ -153,7 +154,7 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
             start = time.monotonic()
             quantized[label] = quantize_model(load(), None, config)
             seconds = time.monotonic() - start
-            row = _evaluated(label, quantized[label], original, data, options)
+            row = evaluated(label, quantized[label], original, data, options)
             yield row | {"seconds": seconds}
         if "steps" not in wanted:
             continue
@@ -171,7 +172,7 @@ def measure(options: Any, name: str, data: dict[str, Tensor], work_dir: Path) ->
         start = time.monotonic()
         result = distill(model, original, settings, dataset=data["distill"], work_dir=work_dir)
         seconds = time.monotonic() - start
-        row = _evaluated(case, model, original, data, options)
+        row = evaluated(case, model, original, data, options)
         row |= {**asdict(result), "settings": asdict(settings), "seconds": seconds}
         row["step_ms"] = 1e3 * seconds / result.steps if was_read else None
         if accelerator:
@@ -185,7 +186,7 @@ def _as_evaluated(model: Any) -> Any:
     return model if on_cpu or native.status().cuda_loaded else copy.deepcopy(model).dequantize()
 
 
-def _evaluated(label: str, model: Any, original: Any, data: dict[str, Tensor], options: Any) -> Any:
+def evaluated(label: str, model: Any, original: Any, data: dict[str, Tensor], options: Any) -> Any:
     run = _as_evaluated(model)
     result = evaluate(run, data["test"][: options.n_test], original=original)
     other = evaluate(run, data["other"][: options.n_test], original=original)

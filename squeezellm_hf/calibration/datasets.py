@@ -143,9 +143,10 @@ def describe(dataset: Dataset | None) -> str | None:
         return type(dataset).__name__
     if not isinstance(dataset, Tensor) and batches.is_batches(dataset):
         return f"{len(dataset)} batches sha256:{batches.digest(dataset).hex()[:16]}"
-    kind, parts = ("texts", [str(text).encode() for text in dataset])
     if is_token_ids(dataset):
         kind, parts = "token ids", [row.numpy().tobytes() for row in _id_rows(dataset)]
+    else:
+        kind, parts = "texts", [str(text).encode() for text in dataset]
     hashed = hashlib.sha256()
     for part in parts:
         hashed.update(len(part).to_bytes(8, "little") + part)

@@ -142,3 +142,10 @@ def test_experts(script: ModuleType, tmp_path: Path) -> None:
     rows = json.loads(file.read_text())["rows"]
     assert [row["tokens"] for row in rows] == [1, 9]
     assert all({"bf16, eager", "3 bits", "4 bits"} <= row["milliseconds"].keys() for row in rows)
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.stem for path in BENCHMARKS.glob("*.py")), indirect=True
+)
+def test_every_script_can_be_imported(script: ModuleType) -> None:
+    assert script.__doc__

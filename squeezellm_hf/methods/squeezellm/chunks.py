@@ -12,7 +12,7 @@ T = TypeVar("T")
 # Cells of a chunk, for tables of up to _NARROW entries. On a CPU the temporaries (about 100 bytes
 # a cell at 4 bits) then stay near a core's caches; elsewhere few launches matter more.
 _CPU_CELLS = 1 << 16
-_DEVICE_CELLS = 1 << 21
+_DEVICE_CELLS = 1 << 23
 _NARROW = 64
 
 

@@ -181,6 +181,18 @@ def test_tokenizer_that_returns_several_rows() -> None:
         token_stream(["abc"], lambda text: [[1], [2]])
 
 
+def test_describe_never_writes_token_ids_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million of them, each as text, would take a minute, and a config is described often."""
+
+    def refuse(self: torch.Tensor, **_: object) -> str:
+        raise AssertionError("token ids were written out")
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", refuse)
+    monkeypatch.setattr(torch.Tensor, "__format__", refuse)
+    assert "1 token ids sha256:" in str(describe(torch.arange(1000)))
+    assert "3 token ids sha256:" in str(describe(torch.arange(30).view(3, 10)))
+
+
 def test_describe_names_but_does_not_tell(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("secret")
