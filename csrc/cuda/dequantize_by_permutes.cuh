@@ -124,8 +124,8 @@ __device__ __forceinline__ void prefetch_ahead(const LutWeight& weight, int row,
 }
 
 // A segment is kRuns runs.
-template <class T, int kBits, int kRuns = permutes::kRuns>
-__global__ void __launch_bounds__(kWarps* kWarpLanes, kRuns <= 4 ? 12 : 8)
+template <class T, int kBits, int kRuns = permutes::kRuns, int kBlocks = 8>
+__global__ void __launch_bounds__(kWarps* kWarpLanes, kBlocks)
     dequantize_by_permutes_kernel(const __grid_constant__ LutWeight weight, T* out, int segments, Ahead ahead) {
   constexpr int kSegment = kRuns * kRunWeights;
   const int lane = threadIdx.x % kWarpLanes;
