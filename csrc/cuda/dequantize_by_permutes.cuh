@@ -10,6 +10,7 @@
 namespace squeezellm_hf::cuda::permutes {
 
 constexpr int kWarps = 4;                       // of a block; they share nothing
+constexpr int kBlocks = 8;                      // of a multiprocessor: 64 registers a thread
 constexpr int kRun = 8;                         // consecutive weights of a lane: a store of 16 bytes
 constexpr int kRunWeights = kRun * kWarpLanes;  // of a warp
 constexpr int kRuns = 8;                        // of a segment
@@ -17,7 +18,6 @@ constexpr int kSegment = kRuns * kRunWeights;   // of a row, a warp's
 constexpr int kLineBytes = 128;                 // of the L2 cache
 // Segments from one to that for which it calls: about as many warps are at work at a time on a large device.
 constexpr int kAheadSegments = 4096;
-constexpr int kNoColumn = -1;
 
 // What is called into the L2 cache: what the segment `rows` rows further loads. `entries` is how many sparse values lie
 // between, on average; neighbours' guesses differ, so that together they miss few.
@@ -26,84 +26,79 @@ struct Ahead {
   int64_t entries;
 };
 
-// The packed indices of a lane's runs. A run of 3-bit indices starts at any byte.
+// The packed indices of a lane's runs. A run of 3-bit indices starts at any byte; the word in which it ends is the next
+// lane's first one, and is not loaded twice: the L2 cache is what is busy.
 template <int kBits>
 struct LaneSource {
   static constexpr int kRunBytes = kRunWeights * kBits / 8;
   const unsigned char* first;
+  int left;  // bytes to the end of the row
   int shift = 0;
-  bool crosses = false;  // into the next word
 
-  __device__ __forceinline__ LaneSource(const uint32_t* words, int column)
-      : first(reinterpret_cast<const unsigned char*>(words) + column / 8 * kBits) {
+  __device__ __forceinline__ LaneSource(const LutWeight& weight, int row, int column) {
+    const uint32_t* words = weight.qweight + row * weight.words_per_row;
+    first = reinterpret_cast<const unsigned char*>(words) + column / kRun * kBits;
+    left = static_cast<int>(weight.words_per_row) * 4 - column / kRun * kBits;
     if constexpr (kBits == 3) {
-      const int byte = column / 8 * kBits % 4;
+      const int byte = column / kRun * kBits % 4;
       first -= byte;
+      left += byte;
       shift = byte * 8;
-      crosses = byte > 1;
     }
   }
   __device__ __forceinline__ uint32_t load(int run) const {
     const unsigned char* source = first + run * kRunBytes;
+    if (run * kRunBytes >= left) return 0;
     if constexpr (kBits == 2) return __ldg(reinterpret_cast<const uint16_t*>(source));
-    const auto* word = reinterpret_cast<const uint32_t*>(source);
-    if constexpr (kBits == 4) return __ldg(word);
-    return __funnelshift_r(__ldg(word), crosses ? __ldg(word + 1) : 0, shift);
+    return __ldg(reinterpret_cast<const uint32_t*>(source));
+  }
+  // Of what was loaded; by all lanes. The last lane's runs end in their first word.
+  __device__ __forceinline__ uint32_t indices(uint32_t loaded) const {
+    if constexpr (kBits != 3) return loaded;
+    return __funnelshift_r(loaded, __shfl_down_sync(~0u, loaded, 1), shift);
   }
 };
 
-// A row's sparse values that lie in a warp's segment, a lane each.
-struct SegmentEntries {
-  int2 row;  // the row's entries
+// A row's sparse values, of which a lane has one at a time.
+struct LaneEntry {
+  const LutWeight& weight;
   int begin;
-  int end;  // of the columns
+  int count;  // of the row's entries
+  uint32_t place = 0;
+  int column = INT32_MAX;  // where the row has no such entry
 
-  __device__ __forceinline__ int count() const { return row.y - row.x; }
-  // Also of an `i` that has passed the end of int32.
-  __device__ __forceinline__ bool has(int i) const { return static_cast<uint32_t>(i) < static_cast<uint32_t>(count()); }
+  __device__ __forceinline__ LaneEntry(const LutWeight& weight, int2 row)
+      : weight(weight), begin(row.x), count(row.y - row.x) {}
 
-  // An entry of the row no later than the segment's first one, from one look at every n-th: that brings most of the
-  // columns into the L1 cache, too. Ascending columns are a promise that is not checked: whatever they are, this is
-  // one of the row's entries.
-  __device__ __forceinline__ int sample(const LutWeight& weight, int lane) const {
-    const int at = lane * stride();
-    return at < count() ? sparse_column(weight, row.x + at) : INT32_MAX;
+  __device__ __forceinline__ void look_at(uint32_t entry) {
+    place = entry;
+    column = place < static_cast<uint32_t>(count) ? sparse_column(weight, begin + place) : INT32_MAX;
   }
-  __device__ __forceinline__ int first(int sampled) const {
-    const int before = __popc(__ballot_sync(~0u, sampled < begin));
-    return before > 0 ? (before - 1) * stride() : 0;
-  }
-  __device__ __forceinline__ int stride() const { return count() / kWarpLanes + 1; }
-
-  // The column of the row's i-th entry if it is in the segment.
-  __device__ __forceinline__ int column(const LutWeight& weight, int i) const {
-    if (!has(i)) return kNoColumn;
-    const int column = sparse_column(weight, row.x + i);
-    return column >= begin && column < end ? column : kNoColumn;
+  __device__ __forceinline__ uint32_t value() const {
+    return column == INT32_MAX ? 0 : load_bits(weight.values, weight.values_dtype, begin + place);
   }
 };
 
-// A cell with the row's i-th sparse value, rounded once: from the table's own value, not from the cell just written.
+// A cell and its sparse value, rounded once: from the table's own value, not from the cell just written.
 template <class T, int kBits>
-__device__ __forceinline__ T merge(const LutWeight& weight, int row, const SegmentEntries& entries, int i, int column) {
-  const uint32_t value = load_bits(weight.values, weight.values_dtype, entries.row.x + i);
+__device__ __forceinline__ T merge(const LutWeight& weight, int row, int column, uint32_t value) {
   const uint32_t* words = weight.qweight + row * weight.words_per_row;
   const int64_t bit = int64_t{column} * kBits;
-  const uint32_t low = __ldg(words + bit / 32);
   const int shift = bit % 32;
+  const uint32_t low = __ldg(words + bit / 32);
   const uint32_t high = kBits == 3 && shift > 32 - kBits ? __ldg(words + bit / 32 + 1) : 0;
   const uint32_t index = __funnelshift_r(low, high, shift) & ((1 << kBits) - 1);
   const float dense = load_float(weight.lookup_table, weight.table_dtype, (int64_t{row} << kBits) + index);
   return from_float<T>(dense + float_of_bits(value, weight.values_dtype));
 }
 
-template <int kBits, int kSegment>
+template <int kBits>
 __device__ __forceinline__ void prefetch_ahead(const LutWeight& weight, int row, int segment, int segments,
                                                int2 entries, int lane, Ahead ahead) {
   constexpr int kLines = kSegment * kBits / 8 / kLineBytes;
   static_assert(kLines <= kWarpLanes - 4);
   const int later = row + ahead.rows;
-  if (ahead.rows == 0 || later >= weight.out_features) return;
+  if (later >= weight.out_features) return;
   const void* address = nullptr;
   if (lane < kLines) {
     const int64_t word = segment * (kSegment / 32 * kBits) + lane * (kLineBytes / 4);
@@ -123,11 +118,9 @@ __device__ __forceinline__ void prefetch_ahead(const LutWeight& weight, int row,
   if (address != nullptr) prefetch_l2(address);
 }
 
-// A segment is kRuns runs.
-template <class T, int kBits, int kRuns = permutes::kRuns, int kBlocks = 8>
+template <class T, int kBits>
 __global__ void __launch_bounds__(kWarps* kWarpLanes, kBlocks)
     dequantize_by_permutes_kernel(const __grid_constant__ LutWeight weight, T* out, int segments, Ahead ahead) {
-  constexpr int kSegment = kRuns * kRunWeights;
   const int lane = threadIdx.x % kWarpLanes;
   const uint32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpLanes;
   const int row = warp / segments;
@@ -135,46 +128,59 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kBlocks)
   if (row >= weight.out_features) return;
   const int begin = segment * kSegment;
   const int column = begin + lane * kRun;
-  const bool whole = begin + kSegment <= weight.in_features;
+  const int columns_left = weight.in_features - column;
 
-  const LaneSource<kBits> source(weight.qweight + row * weight.words_per_row, column);
+  // All that does not depend on another load is asked for before anything is waited for.
+  int2 pointers = {0, 0};
+  if (weight.crow_indices != nullptr) pointers = {weight.crow_indices[row], weight.crow_indices[row + 1]};
+  const LaneSource<kBits> source(weight, row, column);
   uint32_t runs[kRuns];
 #pragma unroll
-  for (int r = 0; r < kRuns; ++r) runs[r] = whole || column + r * kRunWeights < weight.in_features ? source.load(r) : 0;
-  SegmentEntries entries{{0, 0}, begin, begin + kSegment};
-  if (weight.crow_indices != nullptr) entries.row = sparse_row(weight, row);
+  for (int r = 0; r < kRuns; ++r) runs[r] = source.load(r);
   const RowTable<kBits> table = load_table<T, kBits>(weight, row);
-  prefetch_ahead<kBits, kSegment>(weight, row, segment, segments, entries.row, lane, ahead);
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) runs[r] = source.indices(runs[r]);
+  const int2 entries = clamped_sparse_row(weight, pointers);
+  prefetch_ahead<kBits>(weight, row, segment, segments, entries, lane, ahead);
 
   T* out_row = out + int64_t{row} * weight.in_features;
-  const auto write = [&](int r) {
-    if (whole || column + r * kRunWeights < weight.in_features)
-      *reinterpret_cast<uint4*>(out_row + column + r * kRunWeights) = look_up_eight<kBits>(table, runs[r]);
-  };
-  if (entries.count() <= 0) {
+  const auto write = [&](int first_run, int last_run) {
 #pragma unroll
-    for (int r = 0; r < kRuns; ++r) write(r);
+    for (int r = 0; r < kRuns; ++r) {
+      if (r < first_run || r >= last_run) continue;
+      const uint4 values = look_up_eight<kBits>(table, runs[r]);
+      if (r * kRunWeights < columns_left) *reinterpret_cast<uint4*>(out_row + column + r * kRunWeights) = values;
+    }
+  };
+  if (entries.x >= entries.y) {
+    write(0, kRuns);
     return;
   }
-  // The sparse values are on their way while the dense part is written.
-  const int sampled = entries.sample(weight, lane);
-#pragma unroll
-  for (int r = 0; r < kRuns / 2; ++r) write(r);
-  int entry = entries.first(sampled) + lane;
-  int target = entries.column(weight, entry);
+  // The sparse values are on their way while the dense part is written. Those of a long row are searched by one look
+  // at every n-th, which brings most columns into the L1 cache, too. Ascending columns are a promise that is not
+  // checked: whatever they are, only the row's entries are read, each once.
+  LaneEntry entry(weight, entries);
+  const int stride = entry.count / kWarpLanes + 1;
+  entry.look_at(lane * stride);
+  uint32_t value = stride == 1 ? entry.value() : 0;
+  write(0, kRuns / 2);
+  if (stride > 1) {
+    const int before = __popc(__ballot_sync(~0u, entry.column < begin));
+    entry.look_at(max(before - 1, 0) * stride + lane);
+    value = entry.value();
+  }
+  const auto is_here = [&] { return entry.column >= begin && entry.column < begin + kSegment; };
   T cell{};
-  if (target != kNoColumn) cell = merge<T, kBits>(weight, row, entries, entry, target);
-#pragma unroll
-  for (int r = kRuns / 2; r < kRuns; ++r) write(r);
+  if (is_here()) cell = merge<T, kBits>(weight, row, entry.column, value);
+  write(kRuns / 2, kRuns);
   __syncwarp();  // the whole segment is written
   for (;;) {
-    if (target != kNoColumn) out_row[target] = cell;
-    // There are more where the last lane's entry is not beyond the segment.
-    const bool more = entries.has(entry) && sparse_column(weight, entries.row.x + entry) < entries.end;
-    if (!__shfl_sync(~0u, static_cast<int>(more), kWarpLanes - 1)) break;
-    entry += kWarpLanes;
-    target = entries.column(weight, entry);
-    if (target != kNoColumn) cell = merge<T, kBits>(weight, row, entries, entry, target);
+    if (is_here()) out_row[entry.column] = cell;
+    // There are more if the last lane's is not beyond the segment.
+    const int last_column = __shfl_sync(~0u, entry.column, kWarpLanes - 1);
+    if (last_column >= begin + kSegment) break;
+    entry.look_at(entry.place + kWarpLanes);
+    if (is_here()) cell = merge<T, kBits>(weight, row, entry.column, entry.value());
   }
 }
 
