@@ -1,5 +1,7 @@
 // W[o, i] = lookup_table[o, index(o, i)] + sparse[o, i]: bound by the bytes written.
-#include "row_table.cuh"
+#include <algorithm>
+
+#include "dequantize_by_permutes.cuh"
 
 namespace squeezellm_hf::cuda {
 namespace {
@@ -85,36 +87,20 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const LutWeight we
   add_sparse_entries<T, kBits>(weight, row, sparse_row(weight, row), block_begin, out_row);
 }
 
-// The same for widths whose tables fit registers, and aligned rows: a thread looks up all values of a run at once.
+// For widths whose tables fit registers, and aligned rows.
 template <class T, int kBits>
-__global__ void __launch_bounds__(kThreads) dequantize_by_permutes_kernel(const LutWeight weight, T* out) {
-  static_assert(kRun == 8);
-  const int row = blockIdx.y + gridDim.y * blockIdx.z;
-  if (row >= weight.out_features) return;
-  const uint32_t* words = weight.qweight + row * weight.words_per_row;
-  T* out_row = out + int64_t{row} * weight.in_features;
-  const int64_t block_begin = int64_t{blockIdx.x} * kBlockWeights;
-  uint32_t runs[kRunsPerThread];
-#pragma unroll
-  for (int r = 0; r < kRunsPerThread; ++r) {
-    const int64_t first_byte = (block_begin + (r * kThreads + threadIdx.x) * kRun) / 8 * kBits;
-    const int64_t word = first_byte / 4;
-    const uint32_t low = word < weight.words_per_row ? __ldg(words + word) : 0;
-    // At 3 bits a run may reach into the next word.
-    const uint32_t high = kBits == 3 && word + 1 < weight.words_per_row ? __ldg(words + word + 1) : 0;
-    runs[r] = __funnelshift_r(low, high, first_byte % 4 * 8);
-  }
-  int2 entries = {0, 0};
-  if (weight.crow_indices != nullptr) entries = sparse_row(weight, row);
-  const RowTable<kBits> table = load_table<T, kBits>(weight, row);
-#pragma unroll
-  for (int r = 0; r < kRunsPerThread; ++r) {
-    const int64_t begin = block_begin + (r * kThreads + threadIdx.x) * kRun;
-    if (begin < weight.in_features) *reinterpret_cast<uint4*>(out_row + begin) = look_up_eight<kBits>(table, runs[r]);
-  }
-  if (entries.x >= entries.y) return;
-  __syncthreads();
-  add_sparse_entries<T, kBits>(weight, row, entries, block_begin, out_row);
+cudaError_t launch_by_permutes(const DequantizeCall& call) {
+  using namespace permutes;
+  const LutWeight& weight = call.weight;
+  const int segments = (weight.in_features + kSegment - 1) / kSegment;
+  const int64_t warps = int64_t{weight.out_features} * segments;
+  Ahead ahead{};
+  ahead.rows = std::max(1, kAheadSegments / segments);
+  ahead.entries = weight.nnz * ahead.rows / weight.out_features;
+  const auto blocks = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
+  dequantize_by_permutes_kernel<T, kBits>
+      <<<blocks, kWarps * kWarpLanes, 0, call.stream>>>(weight, static_cast<T*>(call.out), segments, ahead);
+  return cudaGetLastError();
 }
 
 template <class T, int kBits>
@@ -126,11 +112,7 @@ cudaError_t launch(const DequantizeCall& call) {
   const bool vector_stores =
       reinterpret_cast<uintptr_t>(call.out) % 16 == 0 && call.weight.in_features * int64_t{sizeof(T)} % 16 == 0;
   if constexpr (sizeof(T) == 2 && kBits >= 2 && kBits <= 4) {
-    if (vector_stores) {
-      dequantize_by_permutes_kernel<T, kBits>
-          <<<grid, kThreads, 0, call.stream>>>(call.weight, static_cast<T*>(call.out));
-      return cudaGetLastError();
-    }
+    if (vector_stores) return launch_by_permutes<T, kBits>(call);
   }
   dequantize_kernel<T, kBits>
       <<<grid, kThreads, 0, call.stream>>>(call.weight, static_cast<T*>(call.out), vector_stores);

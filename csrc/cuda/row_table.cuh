@@ -31,17 +31,34 @@ struct RowTable {
 template <class T>
 constexpr DType kDType = __is_same(T, __half) ? DType::kFloat16 : DType::kBFloat16;
 
+// Two neighbouring values of the 16-bit dtype that is not T.
+template <class T>
+__device__ __forceinline__ uint32_t convert_pair(uint32_t pair) {
+  if constexpr (kDType<T> == DType::kBFloat16) {
+    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    const __nv_bfloat162 converted = __floats2bfloat162_rn(values.x, values.y);
+    return *reinterpret_cast<const uint32_t*>(&converted);
+  } else {
+    const __half2 converted = __floats2half2_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000));
+    return *reinterpret_cast<const uint32_t*>(&converted);
+  }
+}
+
 template <class T, int kBits>
 __device__ RowTable<kBits> load_table(const LutWeight& weight, int row) {
   using Table = RowTable<kBits>;
   Table table;
-  if (weight.table_dtype == kDType<T> && reinterpret_cast<uintptr_t>(weight.lookup_table) % 8 == 0) {
+  if (weight.table_dtype != DType::kFloat32 && reinterpret_cast<uintptr_t>(weight.lookup_table) % 8 == 0) {
     const auto* pairs = static_cast<const uint2*>(weight.lookup_table) + int64_t{row} * Table::kRegisters;
+    uint2 entries[Table::kRegisters];
 #pragma unroll
-    for (int r = 0; r < Table::kRegisters; ++r) {
-      const uint2 v = __ldg(pairs + r);
-      table.set(r, v.x, v.y);
+    for (int r = 0; r < Table::kRegisters; ++r) entries[r] = __ldg(pairs + r);
+    if (weight.table_dtype != kDType<T>) {
+#pragma unroll
+      for (uint2& v : entries) v = {convert_pair<T>(v.x), convert_pair<T>(v.y)};
     }
+#pragma unroll
+    for (int r = 0; r < Table::kRegisters; ++r) table.set(r, entries[r].x, entries[r].y);
     return table;
   }
 #pragma unroll

@@ -64,11 +64,19 @@ def has_warpgroups() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
+def most_fused(weight: Weight) -> int:
+    """The largest batch for which the weight is not dequantized first."""
+    rows, columns = weight.matrix.shape
+    if not has_warpgroups():
+        return 128
+    if "values" in weight.tensors or (columns < 8192 and rows > 8192):
+        return 512
+    return 2048 if columns >= 8192 else 1024
+
+
 def torch_slack(batch: int, weight: Weight) -> float:
     """torch's own product may add partial sums in 16 bits; where it serves, more is allowed."""
-    sparse = "values" in weight.tensors
-    most = (512 if sparse else 2048) if has_warpgroups() else 128
-    fused = batch <= SMALL_BATCH or (is_aligned(weight) and batch <= most)
+    fused = batch <= SMALL_BATCH or (is_aligned(weight) and batch <= most_fused(weight))
     return 0.0 if fused and weight.bits in FUSED_BITS else 1e-2
 
 
@@ -243,6 +251,25 @@ def test_dequantize(bits: int, dtype: str) -> None:
         )
         expected = torch.from_numpy(weight.matrix.astype(np.float32)).to(TORCH_DTYPES[dtype])
         assert torch.equal(matrix.cpu(), expected)
+
+
+@pytest.mark.parametrize("table_dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_dequantize_rows_of_all_kinds(bits: int, table_dtype: str) -> None:
+    """Rows of one segment and of several, with no, few and many sparse values each."""
+    for shape in [(9, 2056), (40, 4096), (5, 8), (6, 28672)]:
+        for density in (0.0, 0.0045, 0.05):
+            weight = make_weight(
+                *shape, bits, density=density, empty_rows=True, full_row=True,
+                table_dtype=table_dtype, wide_columns=density == 0.05,
+            )  # fmt: skip
+            for dtype in DTYPES:
+                poison(shape[0] * shape[1], TORCH_DTYPES[dtype])
+                matrix = ops.lut_dequantize(
+                    **on_gpu(weight), bits=bits, in_features=shape[1], dtype=TORCH_DTYPES[dtype]
+                )
+                expected = weight.matrix.astype(np.float32)
+                assert torch.equal(matrix.cpu(), torch.from_numpy(expected).to(TORCH_DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("batch", [1, 8, 16, 64, 256])
