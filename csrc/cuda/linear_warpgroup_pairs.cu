@@ -47,7 +47,7 @@ __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, PairS
   Place<Tile::kSlots> place;
   place.advance(group * kStageTiles);
   int last_slot = 0;
-  indices.load(words, table, packed);
+  indices.load(words, packed);
   look_up_chunk(0);
 #pragma unroll 1
   for (int stage = group; stage < stages; stage += Tile::kGroups) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, PairS
       }
       if (chunk + 1 < Tile::kChunks) {
         look_up_chunk(chunk + 1);
-        if (chunk + 2 == Tile::kChunks && more) indices.load(words, table, packed);
+        if (chunk + 2 == Tile::kChunks && more) indices.load(words, packed);
       } else if (more) {
         look_up_chunk(0);
       }
@@ -144,6 +144,11 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
         own[(n * 8 + lane % 4 * 2 + k % 2) * Tile::kSumStride + i * 16 + k / 2 * 8] = sums[i][n][k];
   synchronize(1, Tile::kProductThreads);
   add_groups<Tile>(block_sums);
+  if (cluster_size() == 1) {
+    synchronize(1, Tile::kProductThreads);
+    add_slices<Tile>(call, block_sums, first_row, first_batch);
+    return;
+  }
   synchronize_cluster();
   add_slices<Tile>(call, block_sums, first_row, first_batch);
   synchronize_cluster();

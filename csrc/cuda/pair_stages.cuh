@@ -29,7 +29,7 @@ struct PairTile {
   static constexpr int kPackedSlots = kBatch <= 16 ? 2 : 1;  // of a warp
   // Of x, what memory is left for.
   static constexpr int kMemory =
-      226 * 1024 - PairLayout<kBits>::kBytes - kWarps * kPackedSlots * kWarpRows * kPackedRowBytes<kBits>;
+      225 * 1024 - PairLayout<kBits>::kBytes - kWarps * kPackedSlots * kWarpRows * kPackedRowBytes<kBits>;
   static constexpr int kSlots = std::min(16, kMemory / (kBatch * kLineColumns * 2));
   static constexpr int kChunkSteps = 2;  // looked up at a time
   static constexpr int kChunks = kStageColumns / (kChunkSteps * kProductDepth);
@@ -50,40 +50,41 @@ struct alignas(1024) PairShared {
   uint64_t x_free[Tile::kSlots];
 };
 
+constexpr int kPermuteThreads = 128;
+
 // Activations in the tensor core's order, with zeros up to a multiple of 128 columns: of columns 32 t + 4 s + i of 128,
 // those with i = 0 and 1 come to places 16 s + 2 t and after, those with i = 2 and 3 eight places on. A thread moves 4
 // times 16 bytes.
-__global__ void permute_activations_kernel(const uint16_t* x, uint16_t* permuted, int batch, int in_features,
-                                           int columns) {
+__global__ void __launch_bounds__(kPermuteThreads, 16)
+    permute_activations_kernel(const uint16_t* x, uint16_t* permuted, int batch, int in_features, int columns) {
 #ifdef SQUEEZELLM_HF_WGMMA
   allow_next_kernel();
   wait_for_previous_kernel();
   const int quarters = columns / 32;
-  const int line = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / quarters;
-  const int quarter = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) % quarters;
-  if (line >= batch) return;
-  const int begin = quarter / 4 * kStageColumns + quarter % 4 * 8;
-  uint4 v[4];
+  for (int piece = blockIdx.x * blockDim.x + threadIdx.x; piece < batch * quarters; piece += gridDim.x * blockDim.x) {
+    const int line = piece / quarters;
+    const int quarter = piece % quarters;
+    const int begin = quarter / 4 * kStageColumns + quarter % 4 * 8;
+    const uint16_t* source = x + int64_t{line} * in_features + begin;
+    uint4 v[4];
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    const int column = begin + t * 32;
-    v[t] = uint4{};
-    if (column < in_features)
-      v[t] = load_uncached(reinterpret_cast<const uint4*>(x + int64_t{line} * in_features + column));
+    for (int t = 0; t < 4; ++t) {
+      v[t] = uint4{};
+      if (begin + t * 32 < in_features) v[t] = load_uncached(reinterpret_cast<const uint4*>(source + t * 32));
+    }
+    auto* target = reinterpret_cast<uint4*>(permuted + int64_t{line} * columns + quarter * 32);
+    target[0] = {v[0].x, v[1].x, v[2].x, v[3].x};
+    target[1] = {v[0].y, v[1].y, v[2].y, v[3].y};
+    target[2] = {v[0].z, v[1].z, v[2].z, v[3].z};
+    target[3] = {v[0].w, v[1].w, v[2].w, v[3].w};
   }
-  auto* target = reinterpret_cast<uint4*>(permuted + int64_t{line} * columns + quarter * 32);
-  target[0] = {v[0].x, v[1].x, v[2].x, v[3].x};
-  target[1] = {v[0].y, v[1].y, v[2].y, v[3].y};
-  target[2] = {v[0].z, v[1].z, v[2].z, v[3].z};
-  target[3] = {v[0].w, v[1].w, v[2].w, v[3].w};
 #endif
 }
 
 inline cudaError_t permute_activations(const LinearCall& call) {
-  constexpr int kThreads = 128;
   const int columns = static_cast<int>(permuted_columns(call));
-  const int blocks = divide_up(call.batch * (columns / 32), kThreads);
-  return launch_clusters(permute_activations_kernel, blocks, 1, kThreads, 0, call.stream,
+  const int blocks = std::min(divide_up(call.batch * (columns / 32), kPermuteThreads), call.multiprocessors);
+  return launch_clusters(permute_activations_kernel, blocks, 1, kPermuteThreads, 0, call.stream,
                          static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.permuted_x), call.batch,
                          call.weight.in_features, columns);
 }
@@ -121,7 +122,15 @@ template <class Tile>
 class WarpIndices {
  public:
   __device__ __forceinline__ WarpIndices(const CUtensorMap& map, PairShared<Tile>& shared, int row, int first_stage)
-      : map_(map), shared_(shared), warp_(threadIdx.x / kWarpLanes), row_(row), first_stage_(first_stage) {}
+      : map_(map), shared_(shared), warp_(threadIdx.x / kWarpLanes), row_(row), first_stage_(first_stage) {
+    constexpr int kBytes = 4 * Tile::kBits;  // of a lane, in each row
+    const int lane = threadIdx.x % kWarpLanes;
+    const int begin = lane % 4 * kBytes;
+    const int row_in_tile = lane / 4 + PairTable<Tile::kBits>::row(0, lane % 4);
+    offset_ = warp_ * sizeof(shared.packed[0]) + row_in_tile * kPackedRowBytes<Tile::kBits> +
+              packed_chunk<Tile::kBits>(row_in_tile, begin / 16) * 16 + begin % 16;
+    asm volatile("" : "+r"(offset_));  // computed once
+  }
 
   __device__ __forceinline__ void request(int stage, int slot) const {
     if (!elect_lane()) return;
@@ -131,18 +140,18 @@ class WarpIndices {
               ready);
   }
 
-  // The 32 columns of lane % 4 of the four rows that `table` wants.
-  __device__ __forceinline__ void load(uint32_t (&words)[4][Tile::kBits], const PairTable<Tile::kBits>& table,
+  // The 32 columns of lane % 4 of the four rows in the order of PairTable.
+  __device__ __forceinline__ void load(uint32_t (&words)[4][Tile::kBits],
                                        const Place<Tile::kPackedSlots>& place) const {
-    constexpr int kBytes = 4 * Tile::kBits;
-    const int lane = threadIdx.x % kWarpLanes;
-    const int begin = lane % 4 * kBytes;
     wait(shared_.packed_ready[warp_][place.slot], place.parity);
+    const unsigned char* packed = shared_.packed[0][place.slot][0];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int row = lane / 4 + table.row(j);
-      load_indices<Tile::kBits>(words[j], shared_.packed[warp_][place.slot][row] +
-                                              packed_chunk<Tile::kBits>(row, begin / 16) * 16 + begin % 16);
+      constexpr uint32_t kEightRows = 8 * kPackedRowBytes<Tile::kBits>;
+      // Where lanes are at different rows these are a bit each.
+      const uint32_t offset =
+          PairLayout<Tile::kBits>::kCopies == 1 ? offset_ ^ j * kEightRows : offset_ + j * kEightRows;
+      load_indices<Tile::kBits>(words[j], packed + offset);
     }
   }
 
@@ -152,6 +161,7 @@ class WarpIndices {
   int warp_;
   int row_;
   int first_stage_;
+  uint32_t offset_;
 };
 
 #endif

@@ -104,18 +104,24 @@ class PairTable {
 
  public:
   __device__ __forceinline__ PairTable(const unsigned char* tables, int warp, int lane)
-      : tables_(tables), t_(lane % 4), odd_(lane % 2 ? kSecond : kFirst), upper_(lane / 2 % 2 ? kSecond : kFirst) {
+      : tables_(tables),
+        odd_(lane % 2 ? kSecond : kFirst),
+        upper_(lane / 2 % 2 ? kSecond : kFirst),
+        exchange_(lane / 2 % 2),
+        minus_exchange_(-(lane / 2 % 2)) {
 #pragma unroll
     for (int j = 0; j < kOffsets; ++j) {
-      offsets_[j] = Layout::offset(warp * 32 + lane / 4 + row(j), t_ % Layout::kCopies);
+      offsets_[j] = Layout::offset(warp * 32 + lane / 4 + row(j, lane % 4), lane % Layout::kCopies);
       keep(offsets_[j]);
     }
     keep(odd_);
     keep(upper_);
+    keep(exchange_);
+    keep(minus_exchange_);
   }
 
   // Where from lane / 4 on the row lies whose indices are the j-th words.
-  __device__ __forceinline__ int row(int j) const { return 8 * (Layout::kCopies == 1 ? j ^ t_ : j); }
+  __device__ __forceinline__ static int row(int j, int t) { return 8 * (Layout::kCopies == 1 ? j ^ t : j); }
 
   // Of 32 indices a row, the values of those from 2 `pair` on.
   __device__ __forceinline__ void look_up(const uint32_t (&words)[4][kBits], int pair, uint32_t (&values)[4]) const {
@@ -127,8 +133,18 @@ class PairTable {
       uint32_t half[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) half[j] = permute(found[j], found[j ^ 1], odd_);
+      if (pair % 4 >= kMultiplied) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) values[j] = permute(half[j], half[j ^ 2], upper_);
+        for (int j = 0; j < 4; ++j) values[j] = permute(half[j], half[j ^ 2], upper_);
+      } else {
+        // Multiplications, for which another unit is there.
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint32_t difference = half[j + 2] - half[j];
+          values[j] = multiply_add(difference, exchange_, half[j]);
+          values[j + 2] = multiply_add(difference, minus_exchange_, half[j + 2]);
+        }
+      }
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) values[j] = found[j];
@@ -162,14 +178,24 @@ class PairTable {
   // Computed once: the compiler would do it again at every stage.
   __device__ __forceinline__ static void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 
+  __device__ __forceinline__ static uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t result;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+  }
+
+  // Of four second exchanges, how many are multiplications.
+  static constexpr int kMultiplied = 3;
+
   // Selectors of permute(): all of one register.
   static constexpr uint32_t kFirst = 0x3210;
   static constexpr uint32_t kSecond = 0x7654;
 
   const unsigned char* tables_;
-  int t_;
   uint32_t odd_;
   uint32_t upper_;
+  uint32_t exchange_;
+  uint32_t minus_exchange_;
   uint32_t offsets_[kOffsets];
 };
 
