@@ -100,8 +100,8 @@ inline cudaError_t make_permuted_map(const LinearCall& call, uint32_t lines, CUt
 
 // By one thread: the block's activations, 64 columns a slot, in order.
 //
-// No wait is two phases early. This thread waits for every phase of `x_free`, and a phase of it ends only after the tile
-// of that phase was there and multiplied. A warpgroup skips the tiles of others: it waits for tile i after one not
+// No wait is two phases early. This thread waits for every phase of `x_free`, and a phase of it ends only after the
+// tile of that phase was there and multiplied. A warpgroup skips the tiles of others: it waits for tile i after one not
 // earlier than i - kSlots, which this thread asked for after it had waited until the slot of i was free of tile
 // i - 2 kSlots. Nor do waits close a circle: a tile is freed when its warpgroup goes on to one that is at most
 // 2 kGroups - 1 later, and that one is asked for before any tile that waits for the slot.
