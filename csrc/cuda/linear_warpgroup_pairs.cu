@@ -219,25 +219,34 @@ cudaError_t launch(const LinearCall& call, const PairPlan& plan) {
                          batch_tiles);
 }
 
-// What a block takes, in nanoseconds: for tables, first loads and the sums' way to y, and for each stage.
-struct PairShape {
-  int batch;
+// What a block takes, in nanoseconds: for tables, first loads and the sums' way to y, and for each stage. Measured on
+// an H200, by bits (2 to 4).
+struct PairCost {
   int start;
   int stage;
 };
-constexpr PairShape kPairShapes[] = {{16, 4000, 340}, {32, 4200, 400}, {64, 4600, 520}, {128, 5000, 800}};
+struct PairShape {
+  int batch;
+  PairCost cost[3];
+};
+constexpr PairShape kPairShapes[] = {
+    {16, {{4360, 320}, {4730, 348}, {5150, 424}}},
+    {32, {{4770, 354}, {5070, 373}, {5380, 450}}},
+    {64, {{5290, 484}, {5650, 505}, {6130, 554}}},
+};
 
 // The division that takes the least time, by that measure.
 PairPlan make_plan(const LinearCall& call) {
   PairPlan best{};
   int64_t least = INT64_MAX;
   for (const PairShape& shape : kPairShapes) {
+    const PairCost cost = shape.cost[call.weight.bits - 2];
     const int64_t tiles = int64_t{divide_up(call.weight.out_features, kRows)} * divide_up(call.batch, shape.batch);
     for (int slices = 1; slices <= kMostSlices; ++slices) {
       const int slice_stages = divide_up(divide_up(call.weight.in_features, kStageColumns), slices);
       const int resident = resident_blocks(call, slices);
       const int64_t rounds = (tiles * slices + resident - 1) / resident;
-      const int64_t time = rounds * (shape.start + int64_t{slice_stages} * shape.stage);
+      const int64_t time = rounds * (cost.start + int64_t{slice_stages} * cost.stage);
       if (time >= least) continue;
       least = time;
       best = {shape.batch, slices, slice_stages};
@@ -251,8 +260,7 @@ cudaError_t launch_pair_tile(const LinearCall& call) {
   const PairPlan plan = make_plan(call);
   if (plan.batch == 16) return launch<PairTile<T, kBits, 16>>(call, plan);
   if (plan.batch == 32) return launch<PairTile<T, kBits, 32>>(call, plan);
-  if (plan.batch == 64) return launch<PairTile<T, kBits, 64>>(call, plan);
-  return launch<PairTile<T, kBits, 128>>(call, plan);
+  return launch<PairTile<T, kBits, 64>>(call, plan);
 }
 
 }  // namespace

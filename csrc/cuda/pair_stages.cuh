@@ -21,10 +21,10 @@ struct PairTile {
   static constexpr int kBits = kBits_;
   static constexpr int kBatch = kBatch_;
   // Warpgroups, which take stages in turn: as many as there are registers for. One more orders copies of x.
-  static constexpr int kGroups = kBatch <= 32 ? 4 : kBatch <= 64 ? 3 : 2;
+  static constexpr int kGroups = kBatch <= 32 ? 4 : 3;
   static constexpr int kProductThreads = kGroups * kGroupThreads;
   static constexpr int kThreads = kProductThreads + kGroupThreads;
-  static constexpr int kProductRegisters = kGroups == 4 ? 112 : kGroups == 3 ? 160 : 240;
+  static constexpr int kProductRegisters = kGroups == 4 ? 112 : 160;
   static constexpr int kWarps = kProductThreads / kWarpLanes;
   static constexpr int kPackedSlots = kBatch <= 16 ? 2 : 1;  // of a warp
   // Of x, what memory is left for.
@@ -99,10 +99,13 @@ inline cudaError_t make_permuted_map(const LinearCall& call, uint32_t lines, CUt
 
 #ifdef SQUEEZELLM_HF_WGMMA
 
-// By one thread: the block's activations, 64 columns a slot. A slot is asked for again once the warpgroup that used it
-// has freed it. That one did not do so before it was there, and goes on to columns less than kSlots tiles later, which
-// are asked for without this slot; a warpgroup that waits for a slot's phase has seen a tile that was asked for after
-// the slot's phase before. So no wait is two phases early, and waits close no circle.
+// By one thread: the block's activations, 64 columns a slot, in order.
+//
+// No wait is two phases early. This thread waits for every phase of `x_free`, and a phase of it ends only after the
+// tile of that phase was there and multiplied. A warpgroup skips the tiles of others: it waits for tile i after one not
+// earlier than i - kSlots, which this thread asked for after it had waited until the slot of i was free of tile
+// i - 2 kSlots. Nor do waits close a circle: a tile is freed when its warpgroup goes on to one that is at most
+// 2 kGroups - 1 later, and that one is asked for before any tile that waits for the slot.
 template <class Tile>
 __device__ __forceinline__ void request_activations(const CUtensorMap& map, PairShared<Tile>& shared, int batch,
                                                     int column, int stages) {
@@ -117,7 +120,8 @@ __device__ __forceinline__ void request_activations(const CUtensorMap& map, Pair
 }
 
 // A warp's own indices: it asks for a stage once it has read the one before in that slot, and waits for every phase of
-// its barriers.
+// its barriers. Loads from shared memory return in the order of a warp's instructions, those of indices before the
+// look-ups that depend on them.
 template <class Tile>
 class WarpIndices {
  public:

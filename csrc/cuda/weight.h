@@ -73,7 +73,7 @@ cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 bool has_warpgroup_kernel();
 
 constexpr int kSmallBatch = 8;
-constexpr int kPairsBatch = 128;
+constexpr int kPairsBatch = 64;
 
 // Into how many slices of the columns linear_tensor_core divides the work.
 int64_t linear_slices(const LinearCall& call);
