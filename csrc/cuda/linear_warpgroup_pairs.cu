@@ -1,8 +1,8 @@
 // y = x W^T for batches 9 to 64 on the tensor cores of compute capability 9.0, of weights without a sparse part.
 //
-// A block owns 128 rows, up to 64 activations and a slice of the columns. Warpgroups take stages of 128 columns in
-// turn: each looks values up, two indices at once (pair_table.cuh), in registers, where the tensor core takes its left
-// operand from, and has sums of its own for all rows. So one looks up while another multiplies. Another warpgroup
+// A block owns 128 or 64 rows, up to 64 activations and a slice of the columns. Warpgroups take stages of 128 columns
+// in turn: each looks values up, two indices at once (pair_table.cuh), in registers, where the tensor core takes its
+// left operand from, and has sums of its own for all rows. So one looks up while another multiplies. Another warpgroup
 // brings x.
 //
 // The warpgroups of a block, then the blocks of a cluster, add their sums in a fixed order.
@@ -20,26 +20,27 @@ template <class Tile>
 __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, PairShared<Tile>& shared,
                                                 const WarpIndices<Tile>& indices, int group, int stages) {
   using T = typename Tile::T;
-  constexpr int kProducts = kRows / kGroupLines;
+  using Table = PairTable<Tile::kBits, Tile::kTileRows>;
+  constexpr int kProducts = Tile::kTileRows / kGroupLines;
   constexpr int kStageTiles = kStageColumns / kLineColumns;
   constexpr uint32_t kBarrierBytes = sizeof(uint64_t);
   const int lane = threadIdx.x % kWarpLanes;
-  const PairTable<Tile::kBits> table(shared.tables, threadIdx.x / kWarpLanes % 4, lane);
+  const Table table(shared.tables, threadIdx.x / kWarpLanes % 4, lane);
   const uint32_t x_ready = shared_address(shared.x_ready);
   const uint32_t x_free = shared_address(shared.x_free);
   const uint64_t right = matrix_descriptor(shared_address(shared.x));
 
-  uint32_t words[4][Tile::kBits];
+  uint32_t words[Table::kLaneRows][Tile::kBits];
   uint32_t fragments[2][Tile::kChunkSteps][kProducts][4];
   const auto look_up_chunk = [&](int chunk) {
 #pragma unroll
     for (int step = 0; step < Tile::kChunkSteps; ++step)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t values[4];
+        uint32_t values[Table::kLaneRows];
         table.look_up(words, (chunk * Tile::kChunkSteps + step) * 2 + half, values);
 #pragma unroll
-        for (int b = 0; b < 4; ++b) fragments[chunk % 2][step][b / 2][b % 2 + 2 * half] = values[b];
+        for (int b = 0; b < Table::kLaneRows; ++b) fragments[chunk % 2][step][b / 2][b % 2 + 2 * half] = values[b];
       }
   };
 
@@ -122,10 +123,11 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   const int warp = threadIdx.x / kWarpLanes % 4;
   const int lane = threadIdx.x % kWarpLanes;
-  const WarpIndices<Tile> indices(packed_map, shared, first_row + warp * kWarpRows, first_stage);
+  const WarpIndices<Tile> indices(packed_map, shared, first_row + warp * Tile::kWarpRows, first_stage);
   for (int i = 0; i < Tile::kPackedSlots; ++i)
     if (group + i * Tile::kGroups < stages) indices.request(group + i * Tile::kGroups, i);
-  fill_pair_tables<typename Tile::T, Tile::kBits, Tile::kGroups>(shared.tables, call.weight, first_row, threadIdx.x);
+  fill_pair_tables<typename Tile::T, Tile::kBits, Tile::kTileRows, Tile::kProductThreads / Tile::kTileRows>(
+      shared.tables, call.weight, first_row, threadIdx.x);
   synchronize(1, Tile::kProductThreads);
   wait_for_last_kernel();
   typename Tile::Sums sums = {};
@@ -134,9 +136,9 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
   // The stages and tables make room for the sums.
   synchronize(1, Tile::kProductThreads);
   float* block_sums = reinterpret_cast<float*>(&shared);
-  float* own = block_sums + group * kSumGroup + warp * kWarpRows + lane / 4;
+  float* own = block_sums + group * kSumGroup + warp * Tile::kWarpRows + lane / 4;
 #pragma unroll
-  for (int i = 0; i < kRows / kGroupLines; ++i)
+  for (int i = 0; i < Tile::kTileRows / kGroupLines; ++i)
 #pragma unroll
     for (int n = 0; n < Tile::kBatch / 8; ++n)
 #pragma unroll
@@ -146,11 +148,11 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
   add_groups<Tile>(block_sums);
   if (cluster_size() == 1) {
     synchronize(1, Tile::kProductThreads);
-    add_slices<Tile>(call, block_sums, first_row, first_batch);
+    add_slices<Tile, Tile::kTileRows>(call, block_sums, first_row, first_batch);
     return;
   }
   synchronize_cluster();
-  add_slices<Tile>(call, block_sums, first_row, first_batch);
+  add_slices<Tile, Tile::kTileRows>(call, block_sums, first_row, first_batch);
   synchronize_cluster();
 }
 
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto& shared = *reinterpret_cast<PairShared<Tile>*>(memory);
   const int tile = blockIdx.x / cluster_size();
   // Neighbouring blocks share rows of W: all but one find them in the L2 cache.
-  const int first_row = tile / batch_tiles * kRows;
+  const int first_row = tile / batch_tiles * Tile::kTileRows;
   const int first_batch = tile % batch_tiles * Tile::kBatch;
   const int first_stage = cluster_rank() * slice_stages;
   if (threadIdx.x == 0) {
@@ -197,7 +199,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
 // How a call is divided.
 struct PairPlan {
-  int batch;  // of a tile
+  int rows;  // of a tile
+  int batch;
   int slices;
   int slice_stages;
 };
@@ -206,14 +209,14 @@ template <class Tile>
 cudaError_t launch(const LinearCall& call, const PairPlan& plan) {
   CUtensorMap packed_map;
   CUtensorMap x_map;
-  cudaError_t error = make_packed_map<Tile::kBits>(call.weight, kWarpRows, packed_map);
+  cudaError_t error = make_packed_map<Tile::kBits>(call.weight, Tile::kWarpRows, packed_map);
   if (error != cudaSuccess) return error;
   error = make_permuted_map(call, Tile::kBatch, x_map);
   if (error != cudaSuccess) return error;
   error = permute_activations(call);
   if (error != cudaSuccess) return error;
   const int batch_tiles = divide_up(call.batch, Tile::kBatch);
-  const int row_tiles = divide_up(call.weight.out_features, kRows);
+  const int row_tiles = divide_up(call.weight.out_features, Tile::kTileRows);
   return launch_clusters(warpgroup_pairs_kernel<Tile>, row_tiles * batch_tiles, plan.slices, Tile::kThreads,
                          sizeof(PairShared<Tile>), call.stream, packed_map, x_map, call, plan.slice_stages,
                          batch_tiles);
@@ -226,13 +229,14 @@ struct PairCost {
   int stage;
 };
 struct PairShape {
+  int rows;
   int batch;
   PairCost cost[3];
 };
 constexpr PairShape kPairShapes[] = {
-    {16, {{4360, 320}, {4730, 348}, {5150, 424}}},
-    {32, {{4770, 354}, {5070, 373}, {5380, 450}}},
-    {64, {{5290, 484}, {5650, 505}, {6130, 554}}},
+    {64, 16, {{4160, 180}, {4530, 195}, {4950, 230}}},  {64, 32, {{4570, 200}, {4870, 215}, {5180, 250}}},
+    {128, 16, {{4360, 320}, {4730, 348}, {5150, 424}}}, {128, 32, {{4770, 354}, {5070, 373}, {5380, 450}}},
+    {128, 64, {{5290, 484}, {5650, 505}, {6130, 554}}},
 };
 
 // The division that takes the least time, by that measure.
@@ -241,7 +245,7 @@ PairPlan make_plan(const LinearCall& call) {
   int64_t least = INT64_MAX;
   for (const PairShape& shape : kPairShapes) {
     const PairCost cost = shape.cost[call.weight.bits - 2];
-    const int64_t tiles = int64_t{divide_up(call.weight.out_features, kRows)} * divide_up(call.batch, shape.batch);
+    const int64_t tiles = int64_t{divide_up(call.weight.out_features, shape.rows)} * divide_up(call.batch, shape.batch);
     for (int slices = 1; slices <= kMostSlices; ++slices) {
       const int slice_stages = divide_up(divide_up(call.weight.in_features, kStageColumns), slices);
       const int resident = resident_blocks(call, slices);
@@ -249,7 +253,7 @@ PairPlan make_plan(const LinearCall& call) {
       const int64_t time = rounds * (cost.start + int64_t{slice_stages} * cost.stage);
       if (time >= least) continue;
       least = time;
-      best = {shape.batch, slices, slice_stages};
+      best = {shape.rows, shape.batch, slices, slice_stages};
     }
   }
   return best;
@@ -258,9 +262,12 @@ PairPlan make_plan(const LinearCall& call) {
 template <class T, int kBits>
 cudaError_t launch_pair_tile(const LinearCall& call) {
   const PairPlan plan = make_plan(call);
-  if (plan.batch == 16) return launch<PairTile<T, kBits, 16>>(call, plan);
-  if (plan.batch == 32) return launch<PairTile<T, kBits, 32>>(call, plan);
-  return launch<PairTile<T, kBits, 64>>(call, plan);
+  if (plan.rows == 64)
+    return plan.batch == 16 ? launch<PairTile<T, kBits, 64, 16>>(call, plan)
+                            : launch<PairTile<T, kBits, 64, 32>>(call, plan);
+  if (plan.batch == 16) return launch<PairTile<T, kBits, 128, 16>>(call, plan);
+  if (plan.batch == 32) return launch<PairTile<T, kBits, 128, 32>>(call, plan);
+  return launch<PairTile<T, kBits, 128, 64>>(call, plan);
 }
 
 }  // namespace

@@ -11,14 +11,14 @@ namespace squeezellm_hf::cuda::warpgroup {
 
 constexpr int kStageColumns = kPackedColumns;
 constexpr int kLineColumns = 64;  // of a tile of x: 128 bytes
-constexpr int kWarpRows = 32;     // whose indices a warp has for itself
 // Registers of a thread that orders copies: the others take what is left of the block's.
 constexpr int kCopyRegisters = 24;
 
-template <class T_, int kBits_, int kBatch_>
+template <class T_, int kBits_, int kTileRows_, int kBatch_>
 struct PairTile {
   using T = T_;
   static constexpr int kBits = kBits_;
+  static constexpr int kTileRows = kTileRows_;
   static constexpr int kBatch = kBatch_;
   // Warpgroups, which take stages in turn: as many as there are registers for. One more orders copies of x.
   static constexpr int kGroups = kBatch <= 32 ? 4 : 3;
@@ -26,25 +26,26 @@ struct PairTile {
   static constexpr int kThreads = kProductThreads + kGroupThreads;
   static constexpr int kProductRegisters = kGroups == 4 ? 112 : 160;
   static constexpr int kWarps = kProductThreads / kWarpLanes;
-  static constexpr int kPackedSlots = kBatch <= 16 ? 2 : 1;  // of a warp
+  static constexpr int kWarpRows = kTileRows / 4;  // whose indices a warp has for itself
+  static constexpr int kPackedSlots = (kBatch <= 16 ? 2 : 1) * 128 / kTileRows;
   // Of x, what memory is left for.
   static constexpr int kMemory =
-      225 * 1024 - PairLayout<kBits>::kBytes - kWarps * kPackedSlots * kWarpRows * kPackedRowBytes<kBits>;
+      225 * 1024 - PairLayout<kBits, kTileRows>::kBytes - kWarps * kPackedSlots * kWarpRows * kPackedRowBytes<kBits>;
   static constexpr int kSlots = std::min(16, kMemory / (kBatch * kLineColumns * 2));
   static constexpr int kChunkSteps = 2;  // looked up at a time
   static constexpr int kChunks = kStageColumns / (kChunkSteps * kProductDepth);
   static constexpr int kLineChunks = kLineColumns / (kChunkSteps * kProductDepth);
   // What a warp writes at once lies in different banks.
-  static constexpr int kSumStride = kRows + 4;
+  static constexpr int kSumStride = kTileRows + 4;
 
-  using Sums = float[kRows / kGroupLines][kBatch / 8][4];
+  using Sums = float[kTileRows / kGroupLines][kBatch / 8][4];
 };
 
 template <class Tile>
 struct alignas(1024) PairShared {
   unsigned char x[Tile::kSlots][Tile::kBatch][kLineColumns * 2];
-  unsigned char packed[Tile::kWarps][Tile::kPackedSlots][kWarpRows][kPackedRowBytes<Tile::kBits>];
-  unsigned char tables[PairLayout<Tile::kBits>::kBytes];
+  unsigned char packed[Tile::kWarps][Tile::kPackedSlots][Tile::kWarpRows][kPackedRowBytes<Tile::kBits>];
+  unsigned char tables[PairLayout<Tile::kBits, Tile::kTileRows>::kBytes];
   uint64_t packed_ready[Tile::kWarps][Tile::kPackedSlots];
   uint64_t x_ready[Tile::kSlots];
   uint64_t x_free[Tile::kSlots];
@@ -124,13 +125,15 @@ __device__ __forceinline__ void request_activations(const CUtensorMap& map, Pair
 // look-ups that depend on them.
 template <class Tile>
 class WarpIndices {
+  using Table = PairTable<Tile::kBits, Tile::kTileRows>;
+
  public:
   __device__ __forceinline__ WarpIndices(const CUtensorMap& map, PairShared<Tile>& shared, int row, int first_stage)
       : map_(map), shared_(shared), warp_(threadIdx.x / kWarpLanes), row_(row), first_stage_(first_stage) {
     constexpr int kBytes = 4 * Tile::kBits;  // of a lane, in each row
     const int lane = threadIdx.x % kWarpLanes;
     const int begin = lane % 4 * kBytes;
-    const int row_in_tile = lane / 4 + PairTable<Tile::kBits>::row(0, lane % 4);
+    const int row_in_tile = lane / 4 + Table::row(0, lane % 4);
     offset_ = warp_ * sizeof(shared.packed[0]) + row_in_tile * kPackedRowBytes<Tile::kBits> +
               packed_chunk<Tile::kBits>(row_in_tile, begin / 16) * 16 + begin % 16;
     asm volatile("" : "+r"(offset_));  // computed once
@@ -144,17 +147,17 @@ class WarpIndices {
               ready);
   }
 
-  // The 32 columns of lane % 4 of the four rows in the order of PairTable.
-  __device__ __forceinline__ void load(uint32_t (&words)[4][Tile::kBits],
+  // The 32 columns of lane % 4 of the lane's rows in the order of PairTable.
+  __device__ __forceinline__ void load(uint32_t (&words)[Table::kLaneRows][Tile::kBits],
                                        const Place<Tile::kPackedSlots>& place) const {
     wait(shared_.packed_ready[warp_][place.slot], place.parity);
     const unsigned char* packed = shared_.packed[0][place.slot][0];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < Table::kLaneRows; ++j) {
       constexpr uint32_t kEightRows = 8 * kPackedRowBytes<Tile::kBits>;
       // Where lanes are at different rows these are a bit each.
       const uint32_t offset =
-          PairLayout<Tile::kBits>::kCopies == 1 ? offset_ ^ j * kEightRows : offset_ + j * kEightRows;
+          PairLayout<Tile::kBits, Tile::kTileRows>::kCopies < 4 ? offset_ ^ j * kEightRows : offset_ + j * kEightRows;
       load_indices<Tile::kBits>(words[j], packed + offset);
     }
   }

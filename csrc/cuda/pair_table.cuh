@@ -1,25 +1,24 @@
 // Tables of all pairs of a row's values in shared memory, for the tensor core's left operand: lane l of a warp meets
-// rows l / 4, l / 4 + 8, l / 4 + 16 and l / 4 + 24 of its 32, and two indices at once name a register of the operand.
+// every eighth row of its 32 or 16 from l / 4 on, and two indices at once name a register of the operand.
 //
 // No two lanes meet in a bank. At 2 and 3 bits the four lanes of a row have a copy each. At 4 bits there is memory for
-// one: these lanes then are at different rows of their four, and exchange rows among their registers afterwards.
+// one (128 rows) or two (64): lanes that share a copy then are at different rows of theirs, and exchange rows among
+// their registers afterwards.
 #pragma once
 
 #include "fragment_table.cuh"
 
 namespace squeezellm_hf::cuda {
 
-constexpr int kPairRows = 128;  // whose tables a block has
-
-// Word `slot` of line `pair` of a region is a copy of a row's entry: [region][pair][slot].
-template <int kBits>
+// Word `slot` of line `pair` of a region is a copy of a row's entry: [region][pair][slot]. kRows is 128 or 64.
+template <int kBits, int kRows>
 struct PairLayout {
   static constexpr int kPairs = 1 << 2 * kBits;
-  static constexpr int kCopies = kBits == 4 ? 1 : 4;
+  static constexpr int kCopies = kBits == 4 ? 128 / kRows : 4;
   static constexpr int kSlots = 64;
   static constexpr int kLineBytes = kSlots * 4;
   static constexpr int kRegionBytes = kPairs * kLineBytes;
-  static constexpr int kRegions = kPairRows * kCopies / kSlots;
+  static constexpr int kRegions = kRows * kCopies / kSlots;
   static constexpr int kBytes = kRegions * kRegionBytes;
 
   // Of a row's first pair.
@@ -60,16 +59,16 @@ __device__ __forceinline__ void load_row(const LutWeight& weight, int row, uint3
     pair = convert_bits<T>(pair & 0xFFFF, weight.table_dtype) | convert_bits<T>(pair >> 16, weight.table_dtype) << 16;
 }
 
-// Fills the tables of rows from `first_row` on with kParts times kPairRows threads. Rows beyond the last are filled
+// Fills the tables of rows from `first_row` on with kParts times kRows threads. Rows beyond the last are filled
 // like it.
-template <class T, int kBits, int kParts>
+template <class T, int kBits, int kRows, int kParts>
 __device__ __forceinline__ void fill_pair_tables(unsigned char* tables, const LutWeight& weight, int first_row,
                                                  int thread) {
-  using Layout = PairLayout<kBits>;
+  using Layout = PairLayout<kBits, kRows>;
   constexpr int kEntries = 1 << kBits;
   constexpr int kHighs = (kEntries + kParts - 1) / kParts;
-  const int tile_row = thread % kPairRows;
-  const int part = thread / kPairRows;
+  const int tile_row = thread % kRows;
+  const int part = thread / kRows;
   const int row = min(first_row + tile_row, weight.out_features - 1);
   uint32_t low[kEntries / 2];
   load_row<T, kBits>(weight, row, low);
@@ -90,6 +89,8 @@ __device__ __forceinline__ void fill_pair_tables(unsigned char* tables, const Lu
       unsigned char* line = target + (upper * kEntries + lower) * Layout::kLineBytes;
       if constexpr (Layout::kCopies == 1) {
         *reinterpret_cast<uint32_t*>(line) = pair;
+      } else if constexpr (Layout::kCopies == 2) {
+        *reinterpret_cast<uint2*>(line) = make_uint2(pair, pair);
       } else {
         *reinterpret_cast<uint4*>(line) = make_uint4(pair, pair, pair, pair);
       }
@@ -97,12 +98,14 @@ __device__ __forceinline__ void fill_pair_tables(unsigned char* tables, const Lu
   }
 }
 
-// A lane's view of its warp's 32 rows: what it looks up comes as four registers, of the rows lane / 4 + 8 b.
-template <int kBits>
+// A lane's view of its warp's rows: what it looks up comes as a register for each of the rows lane / 4 + 8 b.
+template <int kBits, int kRows>
 class PairTable {
-  using Layout = PairLayout<kBits>;
+  using Layout = PairLayout<kBits, kRows>;
 
  public:
+  static constexpr int kLaneRows = kRows / 32;
+
   __device__ __forceinline__ PairTable(const unsigned char* tables, int warp, int lane)
       : tables_(tables),
         odd_(lane % 2 ? kSecond : kFirst),
@@ -111,7 +114,7 @@ class PairTable {
         minus_exchange_(-(lane / 2 % 2)) {
 #pragma unroll
     for (int j = 0; j < kOffsets; ++j) {
-      offsets_[j] = Layout::offset(warp * 32 + lane / 4 + row(j, lane % 4), lane % Layout::kCopies);
+      offsets_[j] = Layout::offset(warp * kLaneRows * 8 + lane / 4 + row(j, lane % 4), lane % Layout::kCopies);
       keep(offsets_[j]);
     }
     keep(odd_);
@@ -120,39 +123,37 @@ class PairTable {
     keep(minus_exchange_);
   }
 
-  // Where from lane / 4 on the row lies whose indices are the j-th words.
-  __device__ __forceinline__ static int row(int j, int t) { return 8 * (Layout::kCopies == 1 ? j ^ t : j); }
+  // Where from lane / 4 on the row lies whose indices are the j-th words, for t = lane % 4.
+  __device__ __forceinline__ static int row(int j, int t) { return 8 * (j ^ t / Layout::kCopies); }
 
   // Of 32 indices a row, the values of those from 2 `pair` on.
-  __device__ __forceinline__ void look_up(const uint32_t (&words)[4][kBits], int pair, uint32_t (&values)[4]) const {
-    uint32_t found[4];
+  __device__ __forceinline__ void look_up(const uint32_t (&words)[kLaneRows][kBits], int pair,
+                                          uint32_t (&values)[kLaneRows]) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) found[j] = load(words[j], j, pair);
+    for (int j = 0; j < kLaneRows; ++j) values[j] = load(words[j], j, pair);
     if constexpr (Layout::kCopies == 1) {
-      // One of two registers, without a branch, which would hold the tensor core's instructions up.
-      uint32_t half[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) half[j] = permute(found[j], found[j ^ 1], odd_);
-      if (pair % 4 >= kMultiplied) {
+      for (int j = 0; j < kLaneRows; j += 2) exchange(values[j], values[j + 1], odd_);
+    }
+    if constexpr (Layout::kCopies <= 2) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) values[j] = permute(half[j], half[j ^ 2], upper_);
-      } else {
-        // Multiplications, for which another unit is there.
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const uint32_t difference = half[j + 2] - half[j];
-          values[j] = multiply_add(difference, exchange_, half[j]);
-          values[j + 2] = multiply_add(difference, minus_exchange_, half[j + 2]);
+      for (int j = 0; j < kLaneRows / 2; ++j) {
+        uint32_t& first = values[j];
+        uint32_t& second = values[j + kLaneRows / 2];
+        if (pair % 4 >= kMultiplied) {
+          exchange(first, second, upper_);
+        } else {
+          // By multiplications, for which another unit is there.
+          const uint32_t difference = second - first;
+          first = multiply_add(difference, exchange_, first);
+          second = multiply_add(difference, minus_exchange_, second);
         }
       }
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[j] = found[j];
     }
   }
 
  private:
-  static constexpr int kOffsets = Layout::kCopies == 1 ? 4 : 1;
+  static constexpr int kOffsets = Layout::kCopies == 4 ? 1 : kLaneRows;
   static_assert(Layout::kLineBytes == 256);
 
   // The pair's number is the second byte of its line's offset.
@@ -177,6 +178,13 @@ class PairTable {
 
   // Computed once: the compiler would do it again at every stage.
   __device__ __forceinline__ static void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+  // Without a branch, which would hold the tensor core's instructions up.
+  __device__ __forceinline__ static void exchange(uint32_t& first, uint32_t& second, uint32_t selector) {
+    const uint32_t kept = first;
+    first = permute(first, second, selector);
+    second = permute(second, kept, selector);
+  }
 
   __device__ __forceinline__ static uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t result;
