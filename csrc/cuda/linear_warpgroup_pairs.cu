@@ -233,11 +233,17 @@ struct PairShape {
   int batch;
   PairCost cost[3];
 };
+// Tiles of 64 rows pay at 4 bits only, where they have room for a second copy of the tables.
 constexpr PairShape kPairShapes[] = {
-    {64, 16, {{4160, 180}, {4530, 195}, {4950, 230}}},  {64, 32, {{4570, 200}, {4870, 215}, {5180, 250}}},
-    {128, 16, {{4360, 320}, {4730, 348}, {5150, 424}}}, {128, 32, {{4770, 354}, {5070, 373}, {5380, 450}}},
-    {128, 64, {{5290, 484}, {5650, 505}, {6130, 554}}},
+    {64, 16, {{}, {}, {5005, 243}}},
+    {64, 32, {{}, {}, {4875, 273}}},
+    {128, 16, {{4452, 313}, {4897, 334}, {5357, 405}}},
+    {128, 32, {{4670, 345}, {5030, 361}, {5245, 440}}},
+    {128, 64, {{5743, 494}, {5647, 528}, {6309, 566}}},
 };
+
+// The narrowest tile that takes all activations: with two, a row's tables would be filled twice.
+constexpr int tile_batch(int batch) { return batch <= 16 ? 16 : batch <= 32 ? 32 : 64; }
 
 // The division that takes the least time, by that measure.
 PairPlan make_plan(const LinearCall& call) {
@@ -245,6 +251,7 @@ PairPlan make_plan(const LinearCall& call) {
   int64_t least = INT64_MAX;
   for (const PairShape& shape : kPairShapes) {
     const PairCost cost = shape.cost[call.weight.bits - 2];
+    if (cost.stage == 0 || shape.batch != tile_batch(call.batch)) continue;
     const int64_t tiles = int64_t{divide_up(call.weight.out_features, shape.rows)} * divide_up(call.batch, shape.batch);
     for (int slices = 1; slices <= kMostSlices; ++slices) {
       const int slice_stages = divide_up(divide_up(call.weight.in_features, kStageColumns), slices);
@@ -262,9 +269,10 @@ PairPlan make_plan(const LinearCall& call) {
 template <class T, int kBits>
 cudaError_t launch_pair_tile(const LinearCall& call) {
   const PairPlan plan = make_plan(call);
-  if (plan.rows == 64)
-    return plan.batch == 16 ? launch<PairTile<T, kBits, 64, 16>>(call, plan)
-                            : launch<PairTile<T, kBits, 64, 32>>(call, plan);
+  if constexpr (kBits == 4) {
+    if (plan.rows == 64 && plan.batch == 16) return launch<PairTile<T, kBits, 64, 16>>(call, plan);
+    if (plan.rows == 64) return launch<PairTile<T, kBits, 64, 32>>(call, plan);
+  }
   if (plan.batch == 16) return launch<PairTile<T, kBits, 128, 16>>(call, plan);
   if (plan.batch == 32) return launch<PairTile<T, kBits, 128, 32>>(call, plan);
   return launch<PairTile<T, kBits, 128, 64>>(call, plan);

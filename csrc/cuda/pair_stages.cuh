@@ -84,7 +84,10 @@ __global__ void __launch_bounds__(kPermuteThreads, 16)
 
 inline cudaError_t permute_activations(const LinearCall& call) {
   const int columns = static_cast<int>(permuted_columns(call));
-  const int blocks = std::min(divide_up(call.batch * (columns / 32), kPermuteThreads), call.multiprocessors);
+  // One block a multiprocessor fits beside the kernel before, so that it waits there and not for that one's last
+  // blocks; with more than two to do, it is too slow.
+  const int pieces = divide_up(call.batch * (columns / 32), kPermuteThreads);
+  const int blocks = pieces <= 2 * call.multiprocessors ? std::min(pieces, call.multiprocessors) : pieces;
   return launch_clusters(permute_activations_kernel, blocks, 1, kPermuteThreads, 0, call.stream,
                          static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.permuted_x), call.batch,
                          call.weight.in_features, columns);
