@@ -87,7 +87,7 @@ int64_t most_fused(const LinearCall& call, bool warpgroups) {
 // waiting, and the other one is faster.
 bool pays_warpgroups(const LinearCall& call) {
   const bool sparse = call.weight.crow_indices != nullptr;
-  return call.batch > (sparse ? 32 : 16) || call.weight.out_features > 4096;
+  return !sparse || call.batch > 32 || call.weight.out_features > 4096;
 }
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
@@ -149,7 +149,15 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
     return y;
   }
   if (warpgroups) {
-    check_launch(call.weight.crow_indices != nullptr ? linear_warpgroup(call) : linear_warpgroup_dense(call));
+    if (call.weight.crow_indices != nullptr) {
+      check_launch(linear_warpgroup(call));
+    } else if (batch <= kPairsBatch) {
+      const Tensor permuted = empty(x, {batch, permuted_columns(call)});
+      call.permuted_x = permuted.mutable_data_ptr();
+      check_launch(linear_warpgroup_pairs(call));
+    } else {
+      check_launch(linear_warpgroup_dense(call));
+    }
     return y;
   }
   const Tensor workspace = empty(x, {linear_slices(call), batch, out_features}, aoti_torch_dtype_float32());

@@ -146,9 +146,9 @@ __device__ __forceinline__ void store_outputs(const LinearCall& call, int batch,
 
 // A block's share of the outputs: the sums of all blocks of the cluster, in their order, each as [batch][row] with
 // Tile::kSumStride between lines.
-template <class Tile>
+template <class Tile, int kTileRows = kRows>
 __device__ __forceinline__ void add_slices(const LinearCall& call, const float* sums, int first_row, int first_batch) {
-  constexpr int kRowQuads = kRows / 4;
+  constexpr int kRowQuads = kTileRows / 4;
   const int slices = cluster_size();
   const int lines = min(Tile::kBatch, call.batch - first_batch);
   const uint32_t own = shared_address(sums);

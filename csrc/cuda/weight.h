@@ -39,6 +39,7 @@ struct LinearCall {
   float* workspace;  // linear_tensor_core: [linear_slices(call), batch, out_features]
   // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
   void* transposed_x;
+  void* permuted_x;  // linear_warpgroup_pairs: [batch, permuted_columns(call)] in the dtype of x
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
   cudaStream_t stream;
@@ -66,13 +67,19 @@ cudaError_t finish_linear(const LinearCall& call);
 cudaError_t linear_warpgroup(const LinearCall& call);
 // The same for weights without a sparse part, faster.
 cudaError_t linear_warpgroup_dense(const LinearCall& call);
+// The same for batches up to kPairsBatch.
+cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
 bool has_warpgroup_kernel();
 
 constexpr int kSmallBatch = 8;
+constexpr int kPairsBatch = 64;
 
 // Into how many slices of the columns linear_tensor_core divides the work.
 int64_t linear_slices(const LinearCall& call);
+
+// Of the copy of x that linear_warpgroup_pairs makes.
+inline int64_t permuted_columns(const LinearCall& call) { return (int64_t{call.weight.in_features} + 127) / 128 * 128; }
 
 inline int64_t transposed_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
 

@@ -55,7 +55,12 @@ __device__ __forceinline__ void give_up_registers() {
 template <class T>
 __device__ void multiply_group(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b);
 
-// The same with the left operand in registers: a warp's 16 lines as in multiply_accumulate, and 64 or 128 lines of b.
+// The same with the left operand in registers: a warp's 16 lines as in multiply_accumulate, and 16, 32, 64 or 128 lines
+// of b.
+template <class T>
+__device__ void multiply_fragment(float (&sums)[2][4], const uint32_t (&a)[4], uint64_t b);
+template <class T>
+__device__ void multiply_fragment(float (&sums)[4][4], const uint32_t (&a)[4], uint64_t b);
 template <class T>
 __device__ void multiply_fragment(float (&sums)[8][4], const uint32_t (&a)[4], uint64_t b);
 template <class T>
@@ -85,6 +90,24 @@ MULTIPLY_GROUP(__half, "f16")
 MULTIPLY_GROUP(__nv_bfloat16, "bf16")
 
 #define MULTIPLY_FRAGMENT(type, name)                                                                                 \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[2][4], const uint32_t (&a)[4], uint64_t b) {  \
+    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32." name "." name  \
+                 " {"                                                                                                 \
+                 "%0, %1, %2, %3, %4, %5, %6, %7}, "                                                                  \
+                 "{%8, %9, %10, %11}, %12, add, 1, 1, 0;}"                                                            \
+                 : SUMS_2(0)                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[4][4], const uint32_t (&a)[4], uint64_t b) {  \
+    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name  \
+                 " {"                                                                                                 \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                            \
+                 "{%16, %17, %18, %19}, %20, add, 1, 1, 0;}"                                                          \
+                 : SUMS_4(0)                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
+  }                                                                                                                   \
   template <>                                                                                                         \
   __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[8][4], const uint32_t (&a)[4], uint64_t b) {  \
     asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name  \

@@ -113,6 +113,17 @@ def test_few_activations_of_many_rows(bits: int, density: float) -> None:
         assert_close(linear(x, weight), x, as_multiplied(weight, batch, "bf16"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_few_activations_of_long_rows(bits: int, dtype: str) -> None:
+    """Rings that are gone through many times, columns that divide unevenly among blocks."""
+    for shape in ((260, 11008), (140, 28672 + 640)):
+        weight = make_weight(*shape, bits, table_dtype=dtype)
+        x = make_x(64, shape[1], dtype)
+        for batch in (9, 16, 17, 32, 33, 64):
+            assert_close(linear(x[:batch], weight), x[:batch], weight)
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("bits", FUSED_BITS)
 def test_small_batches_of_many_rows(bits: int, sparse: bool) -> None:
@@ -272,9 +283,10 @@ def test_dequantize_rows_of_all_kinds(bits: int, table_dtype: str) -> None:
                 assert torch.equal(matrix.cpu(), torch.from_numpy(expected).to(TORCH_DTYPES[dtype]))
 
 
-@pytest.mark.parametrize("batch", [1, 8, 16, 64, 256])
-def test_results_are_bit_identical(batch: int) -> None:
-    weight = on_gpu(make_weight(300, 2048, 4, density=0.01))
+@pytest.mark.parametrize("density", [0.0, 0.01])
+@pytest.mark.parametrize("batch", [1, 8, 16, 24, 64, 256])
+def test_results_are_bit_identical(batch: int, density: float) -> None:
+    weight = on_gpu(make_weight(300, 2048, 4, density=density))
     x = make_x(batch, 2048, "fp16").cuda()
     first = ops.lut_linear(x, **weight, bits=4)
     for _ in range(100):
@@ -282,7 +294,7 @@ def test_results_are_bit_identical(batch: int) -> None:
 
 
 @pytest.mark.parametrize("density", [0.0, 0.005])
-@pytest.mark.parametrize("batch", [1, 4, 8, 40])
+@pytest.mark.parametrize("batch", [1, 4, 8, 12, 24, 40])
 @pytest.mark.parametrize("bits", FUSED_BITS)
 def test_thousands_of_calls_one_behind_the_other(bits: int, batch: int, density: float) -> None:
     """Blocks that go through many short tiles, at whatever pace: as calls follow in a graph."""
@@ -299,6 +311,20 @@ def test_thousands_of_calls_one_behind_the_other(bits: int, batch: int, density:
             y.fill_(float("nan"))
         graph.replay()
         assert all(torch.equal(y, expected) for y in outputs)
+
+
+@pytest.mark.parametrize("batch", [12, 24, 40])
+def test_calls_one_behind_the_other_have_activations_of_their_own(batch: int) -> None:
+    """Calls in a graph take the same memory in turn for a copy of x."""
+    weight = on_gpu(make_weight(4096, 1024, 4))
+    xs = [make_x(batch, 1024, "bf16", seed).cuda() for seed in range(3)]
+    expected = [ops.lut_linear(x, **weight, bits=4) for x in xs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [ops.lut_linear(xs[i % 3], **weight, bits=4) for i in range(60)]
+    for _ in range(20):
+        graph.replay()
+        assert all(torch.equal(y, expected[i % 3]) for i, y in enumerate(outputs))
 
 
 @pytest.mark.parametrize("batch", [1, 8, 40, 300])
