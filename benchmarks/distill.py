@@ -51,14 +51,17 @@ DISTILLATION = {
     "indices": "train_indices",
     "index_lr": "index_lr",
 }
-COLUMNS = (
-    Column("model", "model"),
+QUALITY = (
     Column("bits_per_weight", "bits/weight", decimals(2)),
     Column("perplexity", "perplexity", decimals(3)),
     Column("ratio", "/ original", decimals(4)),
     Column("other_ratio", "other text", decimals(4)),
     Column("kl_mean", "KL, nats", decimals(4)),
     Column("top1_agreement", "same top-1", percent(2)),
+)
+COLUMNS = (
+    Column("model", "model"),
+    *QUALITY,
     Column("steps", "steps"),
     Column("step_ms", "ms a step", decimals(0)),
     Column("seconds", "took, s", decimals(0)),

@@ -22,24 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill import DENSE, evaluated, write_data
+from distill import DENSE, QUALITY, evaluated, write_data
 from quality import _smollm2
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from squeezellm_hf import SqueezeLLMConfig
 from squeezellm_hf.evaluation.environment import environment
-from squeezellm_hf.evaluation.report import Column, decimals, percent, print_table, write_json
+from squeezellm_hf.evaluation.report import Column, decimals, print_table, write_json
 from squeezellm_hf.integration.presets import PRESETS
 
 COLUMNS = (
     Column("model", "preset"),
-    Column("bits_per_weight", "bits/weight", decimals(2)),
-    Column("perplexity", "perplexity", decimals(3)),
-    Column("ratio", "/ original", decimals(4)),
-    Column("other_ratio", "other text", decimals(4)),
-    Column("kl_mean", "KL, nats", decimals(4)),
-    Column("top1_agreement", "same top-1", percent(2)),
+    *QUALITY,
     Column("seconds", "took, s", decimals(1)),
     Column("peak_gb", "peak GB", decimals(2)),
 )

@@ -97,19 +97,23 @@ class Experts(nn.Module):
 
     def _run_sorted(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rows of expert 0, then those of expert 1, ...; rows left over are of no expert."""
-        outputs = []
-        start = 0
-        for index, size in enumerate(sizes):
-            if size:
-                outputs.append(self._run(self[index], rows[start : start + size]))
-                start += size
-        if start < rows.shape[0] or not outputs:
-            outputs.append(torch.zeros_like(rows[start:]))
-        return torch.cat(outputs)
+        called = [index for index, size in enumerate(sizes) if size]
+        if not called:
+            return torch.zeros_like(rows)
+        parts = [sizes[index] for index in called]
+        chosen = rows[: sum(parts)]
+        # What is the same for all is done once: at few tokens it is the calls that take time.
+        states = self.activation(self._each(called, self.up, chosen, parts))
+        outputs = self._each(called, self.down, states, parts)
+        if self.norm is not None:
+            outputs = self.norm(outputs)
+        without = rows[len(chosen) :]
+        return torch.cat([outputs, torch.zeros_like(without)]) if len(without) else outputs
 
-    def _run(self, expert: Any, rows: Tensor) -> Tensor:
-        states: Tensor = expert[self.down](self.activation(expert[self.up](rows)))
-        return states if self.norm is None else self.norm(states)
+    def _each(self, called: Sequence[int], name: str, rows: Tensor, parts: list[int]) -> Tensor:
+        """The layer ``name`` of each called expert, on its part of the rows."""
+        pieces = zip(called, rows.split(parts), strict=True)
+        return torch.cat([self[index][name](piece) for index, piece in pieces])
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
