@@ -1,4 +1,5 @@
-// The end of linear_tensor_core: y = sum of the slices + sparse part + bias.
+// The end of linear_tensor_core and of linear_warpgroup_pairs with a sparse part: y = sum of the slices + sparse part +
+// bias.
 //
 // A sparse value meets one activation of every batch row. They lie in_features apart, so x is
 // transposed first: then a value costs a few neighbouring bytes instead of a line for each.
@@ -124,8 +125,7 @@ cudaError_t launch(const LinearCall& call, int slices) {
 
 }  // namespace
 
-cudaError_t finish_linear(const LinearCall& call) {
-  const int slices = static_cast<int>(linear_slices(call));
+cudaError_t finish_linear(const LinearCall& call, int slices) {
   return call.dtype == DType::kFloat16 ? launch<__half>(call, slices) : launch<__nv_bfloat16>(call, slices);
 }
 

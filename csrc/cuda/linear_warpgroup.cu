@@ -39,7 +39,7 @@ struct Tile {
   static constexpr int kGroups = (kWeightsRight ? kBatch : kRows) / kGroupLines;
   static constexpr int kProductThreads = kGroups * kGroupThreads;
   // Threads that dequantize a row, each a part of the slice; the parts' tiles take turns.
-  static constexpr int kParts = kBatch <= 64 ? 4 : kBatch <= 128 ? 3 : 2;
+  static constexpr int kParts = kBatch <= 128 ? 3 : 2;
   static constexpr int kPartWarps = kRows / kWarpLanes;
   static constexpr int kDequantizeWarps = kParts * kPartWarps;
   static constexpr int kDequantizeThreads = kDequantizeWarps * kWarpLanes;
@@ -47,7 +47,7 @@ struct Tile {
   // 65536 / kThreads registers are too few for a thread's sums of 256 lines.
   static constexpr bool kMovesRegisters = kProducts > 1;
 
-  static constexpr int kSlots = kBatch <= 64 ? 5 : kBatch <= 128 ? 4 : 3;
+  static constexpr int kSlots = kBatch <= 128 ? 4 : 3;
   // A part waits for a slot to be free after it has waited for the stage kParts before: by then, all before that
   // one less kSlots are free, and so the parity tells the phase waited for from the one two before.
   static_assert(kParts <= kSlots);
@@ -335,7 +335,7 @@ struct TileShape {
   int parts;
   int stage_clocks;
 };
-constexpr TileShape kTileShapes[] = {{64, 4, 740}, {128, 3, 970}, {256, 2, 1500}};
+constexpr TileShape kTileShapes[] = {{128, 3, 970}, {256, 2, 1500}};
 
 // The division that takes the fewest clocks, by that measure.
 Plan make_plan(const LinearCall& call) {
@@ -361,7 +361,6 @@ Plan make_plan(const LinearCall& call) {
 template <class T, int kBits>
 cudaError_t launch_tile(const LinearCall& call) {
   const Plan plan = make_plan(call);
-  if (plan.batch == 64) return launch<Tile<T, kBits, 64>>(call, plan);
   if (plan.batch == 128) return launch<Tile<T, kBits, 128>>(call, plan);
   return launch<Tile<T, kBits, 256>>(call, plan);
 }

@@ -1,4 +1,4 @@
-// y = x W^T for batches 9 to 64 on the tensor cores of compute capability 9.0, of weights without a sparse part.
+// y = x W^T for batches 5 to 64 on the tensor cores of compute capability 9.0; a sparse part is left to finish_linear.
 //
 // A block owns 128 or 64 rows, up to 64 activations and a slice of the columns. Warpgroups take stages of 128 columns
 // in turn: each looks values up, two indices at once (pair_table.cuh), in registers, where the tensor core takes its

@@ -78,16 +78,9 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 int64_t most_fused(const LinearCall& call, bool warpgroups) {
   const bool sparse = call.weight.crow_indices != nullptr;
   if (!warpgroups) return sparse ? 128 : 256;
-  if (sparse) return 512;
+  if (sparse) return 256;
   if (call.weight.in_features >= 8192) return 2048;
   return call.weight.out_features > 8192 ? 512 : 1024;
-}
-
-// Whether the kernels of compute capability 9.0 serve; few activations and few rows leave most of their warps
-// waiting, and the other one is faster.
-bool pays_warpgroups(const LinearCall& call) {
-  const bool sparse = call.weight.crow_indices != nullptr;
-  return !sparse || call.batch > 32 || call.weight.out_features > 4096;
 }
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
@@ -95,6 +88,43 @@ bool fits(const LinearCall& call) {
   const int bits = call.weight.bits;
   const bool narrow_range = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
   return call.dtype != DType::kFloat32 && !narrow_range && bits >= 2 && bits <= 4 && call.weight.in_features > 0;
+}
+
+// Whether linear_warpgroup_pairs serves: also the largest of the small batches, of which linear_streamed is not faster.
+// On long rows x is too much for its memory; on short ones a sparse part that it has inside costs less than one behind.
+bool suits_pairs(const LinearCall& call, bool warpgroups) {
+  constexpr int kStreamed = 4;
+  constexpr int kLongRow = 8192;
+  if (!warpgroups || call.batch > kPairsBatch || call.batch <= kStreamed || !is_aligned(call)) return false;
+  return call.batch > kSmallBatch || call.weight.crow_indices == nullptr || call.weight.in_features > kLongRow;
+}
+
+// By the kernel that suits the batch; what kernels hand to each other lies in memory that is allocated here.
+void launch_linear(LinearCall& call, const Tensor& x, bool warpgroups) {
+  const bool sparse = call.weight.crow_indices != nullptr;
+  const bool pairs = suits_pairs(call, warpgroups);
+  const int64_t batch = call.batch;
+  if (!pairs && batch <= kSmallBatch) {
+    const bool streamed = device_limits(x.get_device_index()).capability >= 9 && is_aligned(call) && can_stream();
+    return check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
+  }
+  if (!pairs && warpgroups) return check_launch(sparse ? linear_warpgroup(call) : linear_warpgroup_dense(call));
+  std::optional<Tensor> permuted;
+  if (pairs) {
+    permuted = empty(x, {batch, permuted_columns(call)});
+    call.permuted_x = permuted->mutable_data_ptr();
+    if (!sparse) return check_launch(linear_warpgroup_pairs(call));
+  }
+  const int64_t slices = pairs ? 1 : linear_slices(call);
+  const Tensor workspace = empty(x, {slices, batch, call.weight.out_features}, aoti_torch_dtype_float32());
+  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  std::optional<Tensor> transposed;
+  if (sparse) {
+    transposed = empty(x, {call.weight.in_features, transposed_batch(batch)});
+    call.transposed_x = transposed->mutable_data_ptr();
+  }
+  check_launch(pairs ? linear_warpgroup_pairs(call) : linear_tensor_core(call));
+  check_launch(finish_linear(call, static_cast<int>(slices)));
 }
 
 Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_table,
@@ -132,7 +162,7 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   call.multiprocessors = limits.multiprocessors;
   call.shared_memory = limits.shared_memory;
   call.batch = static_cast<int>(batch);
-  const bool warpgroups = limits.capability == 9 && has_warpgroup_kernel() && pays_warpgroups(call);
+  const bool warpgroups = limits.capability == 9 && has_warpgroup_kernel();
   if (!fits(call) || batch > most_fused(call, warpgroups) || (!small && !is_aligned(call))) {
     // A 16-bit product of tables beyond fp16's range goes through fp32.
     const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
@@ -143,32 +173,7 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   }
   Tensor y = empty(x, y_sizes);
   call.y = y.mutable_data_ptr();
-  if (small) {
-    const bool streamed = limits.capability >= 9 && is_aligned(call) && can_stream();
-    check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
-    return y;
-  }
-  if (warpgroups) {
-    if (call.weight.crow_indices != nullptr) {
-      check_launch(linear_warpgroup(call));
-    } else if (batch <= kPairsBatch) {
-      const Tensor permuted = empty(x, {batch, permuted_columns(call)});
-      call.permuted_x = permuted.mutable_data_ptr();
-      check_launch(linear_warpgroup_pairs(call));
-    } else {
-      check_launch(linear_warpgroup_dense(call));
-    }
-    return y;
-  }
-  const Tensor workspace = empty(x, {linear_slices(call), batch, out_features}, aoti_torch_dtype_float32());
-  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  std::optional<Tensor> transposed;
-  if (call.weight.crow_indices != nullptr) {
-    transposed = empty(x, {in_features, transposed_batch(batch)});
-    call.transposed_x = transposed->mutable_data_ptr();
-  }
-  check_launch(linear_tensor_core(call));
-  check_launch(finish_linear(call));
+  launch_linear(call, x, warpgroups);
   return y;
 }
 

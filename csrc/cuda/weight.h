@@ -36,7 +36,9 @@ struct LinearCall {
   DType bias_dtype;
   DType dtype;
   int batch;
-  float* workspace;  // linear_tensor_core: [linear_slices(call), batch, out_features]
+  // Sums for finish_linear, [slices, batch, out_features]: of linear_slices(call) slices for linear_tensor_core; of one
+  // for linear_warpgroup_pairs, where null stands for nothing to follow.
+  float* workspace;
   // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
   void* transposed_x;
   void* permuted_x;  // linear_warpgroup_pairs: [batch, permuted_columns(call)] in the dtype of x
@@ -62,12 +64,13 @@ cudaError_t linear_streamed(const LinearCall& call);
 bool can_stream();
 // Any batch, to be followed by finish_linear; only where is_aligned(call).
 cudaError_t linear_tensor_core(const LinearCall& call);
-cudaError_t finish_linear(const LinearCall& call);
+// Adds the workspace's slices, the sparse part and the bias.
+cudaError_t finish_linear(const LinearCall& call, int slices);
 // Any batch, nothing to follow, on compute capability 9.0; only where is_aligned(call) and has_warpgroup_kernel().
 cudaError_t linear_warpgroup(const LinearCall& call);
 // The same for weights without a sparse part, faster.
 cudaError_t linear_warpgroup_dense(const LinearCall& call);
-// The same for batches up to kPairsBatch.
+// The same for batches up to kPairsBatch; a sparse part is left to finish_linear.
 cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
 bool has_warpgroup_kernel();

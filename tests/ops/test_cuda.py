@@ -69,7 +69,9 @@ def most_fused(weight: Weight) -> int:
     rows, columns = weight.matrix.shape
     if not has_warpgroups():
         return 128
-    if "values" in weight.tensors or (columns < 8192 and rows > 8192):
+    if "values" in weight.tensors:
+        return 256
+    if columns < 8192 and rows > 8192:
         return 512
     return 2048 if columns >= 8192 else 1024
 
@@ -83,11 +85,11 @@ def torch_slack(batch: int, weight: Weight) -> float:
 def as_multiplied(weight: Weight, batch: int, dtype: str) -> Weight:
     """The weight that a call of ``batch`` rows multiplies, its matrix rounded where that is done.
 
-    On compute capability 9.0, sparse values are added to the dense part before the product; that
-    sum is rounded to the dtype of x, as :func:`ops.lut_dequantize` rounds it.
+    On compute capability 9.0 and beyond 64 rows, sparse values are added to the dense part before
+    the product; that sum is rounded to the dtype of x, as :func:`ops.lut_dequantize` rounds it.
     """
-    many = batch > 32 or (batch > SMALL_BATCH and weight.matrix.shape[0] > 4096)
-    rounds = has_warpgroups() and many and weight.bits in FUSED_BITS and is_aligned(weight)
+    many = batch > 64 and weight.bits in FUSED_BITS and is_aligned(weight)
+    rounds = has_warpgroups() and many
     return Weight(weight.bits, weight.tensors, weight.rounded(dtype)) if rounds else weight
 
 
