@@ -21,7 +21,7 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUDA_LAUNCH_BLOCKING=1
 found=0
 for tool in ${*:-memcheck racecheck}; do
     # Batches by the kernels that serve them: what stops one leaves the others.
-    for batches in "1 2 4 8" "9 16 24" "33 64 128 256" "300"; do
+    for batches in "1 2 4" "5 8 9 16 24" "33 64 65 128 256" "300"; do
         echo "== $tool, batches $batches"
         # shellcheck disable=SC2086
         compute-sanitizer --tool "$tool" --error-exitcode 1 \
