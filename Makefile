@@ -37,8 +37,9 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml $(CXX_SOURCES) csrc/CM
 demo: $(VENV)/package.stamp
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
+# Up to four processes, a file in one of them; threads that wait do so without taking a core from the others.
 test: $(VENV)/package.stamp
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/package.stamp
 	$(BIN)/ruff check .
