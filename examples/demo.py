@@ -24,7 +24,7 @@ QUESTION = "What is the capital of France?"
 # What differs between the two: the width of an index. Both have the paper's sparse part.
 WIDTHS = (4, 3)
 WINDOW = 512
-# The most accurate that a small machine finishes in some minutes; "best" distills for an hour there.
+# The most accurate that a small machine finishes in minutes; "best" distills for an hour there.
 PRESET = "balanced"
 
 COLUMNS = (
