@@ -72,70 +72,52 @@ __device__ void multiply_fragment(float (&sums)[16][4], const uint32_t (&a)[4], 
 #define SUMS_4(n) SUMS_2(n), SUMS_2(n + 2)
 #define SUMS_8(n) SUMS_4(n), SUMS_4(n + 4)
 #define SUMS_16(n) SUMS_8(n), SUMS_8(n + 8)
+// Their names there.
+#define NAMES_2 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NAMES_4 NAMES_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_8 NAMES_4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_16                                                                           \
+  NAMES_8                                                                                  \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA(columns, name) \
+  "{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." name "." name " {"
+
 #define MULTIPLY_GROUP(type, name)                                                                                    \
   template <>                                                                                                         \
   __device__ __forceinline__ void multiply_group<type>(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b) { \
-    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name \
-                 " {"                                                                                                 \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
-                 "%64, %65, add, 1, 1, 0, 0;}"                                                                        \
-                 : SUMS_16(0)                                                                                         \
-                 : "l"(a), "l"(b));                                                                                   \
+    asm volatile(WGMMA("128", name) NAMES_16 "}, %64, %65, add, 1, 1, 0, 0;}" : SUMS_16(0) : "l"(a), "l"(b));         \
   }
 
 MULTIPLY_GROUP(__half, "f16")
 MULTIPLY_GROUP(__nv_bfloat16, "bf16")
 
-#define MULTIPLY_FRAGMENT(type, name)                                                                                 \
-  template <>                                                                                                         \
-  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[2][4], const uint32_t (&a)[4], uint64_t b) {  \
-    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32." name "." name  \
-                 " {"                                                                                                 \
-                 "%0, %1, %2, %3, %4, %5, %6, %7}, "                                                                  \
-                 "{%8, %9, %10, %11}, %12, add, 1, 1, 0;}"                                                            \
-                 : SUMS_2(0)                                                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
-  }                                                                                                                   \
-  template <>                                                                                                         \
-  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[4][4], const uint32_t (&a)[4], uint64_t b) {  \
-    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name  \
-                 " {"                                                                                                 \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                            \
-                 "{%16, %17, %18, %19}, %20, add, 1, 1, 0;}"                                                          \
-                 : SUMS_4(0)                                                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
-  }                                                                                                                   \
-  template <>                                                                                                         \
-  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[8][4], const uint32_t (&a)[4], uint64_t b) {  \
-    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name  \
-                 " {"                                                                                                 \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                  \
-                 "{%32, %33, %34, %35}, %36, add, 1, 1, 0;}"                                                          \
-                 : SUMS_8(0)                                                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
-  }                                                                                                                   \
-  template <>                                                                                                         \
-  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[16][4], const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name \
-                 " {"                                                                                                 \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
-                 "{%64, %65, %66, %67}, %68, add, 1, 1, 0;}"                                                          \
-                 : SUMS_16(0)                                                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
+// lines: 8 columns each; operands: the names of a and b.
+#define MULTIPLY_FRAGMENT(type, name, columns, lines, operands)                                            \
+  template <>                                                                                              \
+  __device__ __forceinline__ void multiply_fragment<type>(float (&sums)[lines][4], const uint32_t (&a)[4], \
+                                                          uint64_t b) {                                    \
+    asm volatile(WGMMA(columns, name) NAMES_##lines "}, " operands ", add, 1, 1, 0;}"                      \
+                 : SUMS_##lines(0)                                                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                    \
   }
+#define MULTIPLY_FRAGMENTS(type, name)                                \
+  MULTIPLY_FRAGMENT(type, name, "16", 2, "{%8, %9, %10, %11}, %12")   \
+  MULTIPLY_FRAGMENT(type, name, "32", 4, "{%16, %17, %18, %19}, %20") \
+  MULTIPLY_FRAGMENT(type, name, "64", 8, "{%32, %33, %34, %35}, %36") \
+  MULTIPLY_FRAGMENT(type, name, "128", 16, "{%64, %65, %66, %67}, %68")
 
-MULTIPLY_FRAGMENT(__half, "f16")
-MULTIPLY_FRAGMENT(__nv_bfloat16, "bf16")
+MULTIPLY_FRAGMENTS(__half, "f16")
+MULTIPLY_FRAGMENTS(__nv_bfloat16, "bf16")
 
+#undef MULTIPLY_FRAGMENTS
 #undef MULTIPLY_FRAGMENT
 #undef MULTIPLY_GROUP
+#undef WGMMA
+#undef NAMES_16
+#undef NAMES_8
+#undef NAMES_4
+#undef NAMES_2
 #undef SUMS_16
 #undef SUMS_8
 #undef SUMS_4
