@@ -88,8 +88,7 @@ def as_multiplied(weight: Weight, batch: int, dtype: str) -> Weight:
     On compute capability 9.0 and beyond 64 rows, sparse values are added to the dense part before
     the product; that sum is rounded to the dtype of x, as :func:`ops.lut_dequantize` rounds it.
     """
-    many = batch > 64 and weight.bits in FUSED_BITS and is_aligned(weight)
-    rounds = has_warpgroups() and many
+    rounds = has_warpgroups() and batch > 64 and weight.bits in FUSED_BITS and is_aligned(weight)
     return Weight(weight.bits, weight.tensors, weight.rounded(dtype)) if rounds else weight
 
 
@@ -115,14 +114,15 @@ def test_few_activations_of_many_rows(bits: int, density: float) -> None:
         assert_close(linear(x, weight), x, as_multiplied(weight, batch, "bf16"))
 
 
+@pytest.mark.parametrize("density", [0.0, 0.005])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", FUSED_BITS)
-def test_few_activations_of_long_rows(bits: int, dtype: str) -> None:
+def test_few_activations_of_long_rows(bits: int, dtype: str, density: float) -> None:
     """Rings that are gone through many times, columns that divide unevenly among blocks."""
     for shape in ((260, 11008), (140, 28672 + 640)):
-        weight = make_weight(*shape, bits, table_dtype=dtype)
+        weight = make_weight(*shape, bits, density=density, table_dtype=dtype)
         x = make_x(64, shape[1], dtype)
-        for batch in (9, 16, 17, 32, 33, 64):
+        for batch in (4, 5, 8, 9, 16, 17, 32, 33, 64):
             assert_close(linear(x[:batch], weight), x[:batch], weight)
 
 
