@@ -11,7 +11,7 @@ own gradients for a Hessian, enters each layer's objective (GuidedQuant, arXiv
 2505.07004).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -89,6 +89,12 @@ class Hessians:
                 stop = start + _BLOCK
                 hessian[start:stop, stop:] = hessian[stop:, start:stop].t()
         return total
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Drop the sums that none of these layers needs."""
+        needed = {self._key[name] for name in names if name in self._key}
+        for name in self.sums.keys() - needed:
+            del self.sums[name]
 
     def attach(self, loss_scale: float) -> list[RemovableHandle]:
         """Look at the inputs and, where guided, at the gradients of the outputs."""

@@ -109,9 +109,13 @@ def quantize_blockwise(
         siblings.complete(fisher.sums, tokens.sums)
         if hessians is not None:
             siblings.complete(hessians.sums, tokens.sums)
+        left = set(names)
         for part in parts_of(names, plan, linears):
             if not unfinished.isdisjoint(part):
                 quantize(part, fisher.sums, hessians)
+            left.difference_update(part)
+            if hessians is not None:
+                hessians.keep(left)
         return result
 
     with frozen(model):

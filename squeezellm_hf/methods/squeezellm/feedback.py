@@ -31,7 +31,9 @@ def feedback_rounding(hessian: Tensor, weight: Tensor, kept: Tensor, table: Tens
     Returns:
         fp32 [B, n, R], entries of ``table`` where ``kept``, elsewhere the weight.
     """
-    factor = torch.stack([unit_factor(each) for each in hessian])
+    factor = torch.empty_like(hessian)
+    for each, place in zip(hessian, factor, strict=True):
+        place.copy_(unit_factor(each))
     values, error = weight.clone(), torch.zeros_like(weight)
     # A sweep of the descent, but of an error that is zero yet, and with what is known of it.
     coordinate_descent(factor, error, values, kept, table, sweeps=1)
@@ -41,16 +43,19 @@ def feedback_rounding(hessian: Tensor, weight: Tensor, kept: Tensor, table: Tens
 def unit_factor(hessian: Tensor) -> Tensor:
     """M of H = M^T D M: unit lower triangular, fp32 [n, n]; one for each row where there is none.
 
-    Computed in fp64: where few inputs hold most of H, fp32 finds it not positive definite.
+    Computed in fp64: where few inputs hold most of H, fp32 finds it not positive definite. Beside
+    the result that takes 12 bytes an entry at most: the factorization is done in place.
     """
-    reversed_ = hessian.double().flip(0, 1)
-    mean = reversed_.diagonal().mean().clone()
-    before = 0.0
+    mean = hessian.diagonal().double().mean()
     for damping in _DAMPING:
-        reversed_.diagonal().add_((damping - before) * mean)
-        before = damping
-        factor, info = torch.linalg.cholesky_ex(reversed_)
+        # Columns first, as the factorization wants it; H is symmetric.
+        lower = hessian.flip(0, 1).double().t()
+        lower.diagonal().add_(damping * mean)
+        info = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
-            factor = factor.flip(0, 1).t()
-            return (factor / factor.diagonal()[:, None]).float()
+            lower /= lower.diagonal().clone()
+            factor = lower.float()
+            del lower
+            return factor.flip(0, 1).t()
     return torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)

@@ -143,6 +143,17 @@ def test_plain_hessians_of_the_same_input_are_summed_once(
     assert all(statistic.of(name).equal(alone.of(name)) for name in layers)
 
 
+def test_sums_are_kept_as_long_as_a_layer_needs_them(model: nn.Module, token_ids: Tensor) -> None:
+    layers = {name: linears(model)[name] for name in (Q, K, V, DOWN)}
+    shared = shared_inputs(model, layers, token_ids[0])
+    hessians = Hessians(layers, dict.fromkeys(layers, 0), shared)
+    assert hessians.sums.keys() == {Q, DOWN}
+    hessians.keep([V])
+    assert hessians.sums.keys() == {Q}
+    hessians.keep([])
+    assert not hessians.sums
+
+
 def test_together_or_alone_the_sums_are_the_same(model: nn.Module, token_ids: Tensor) -> None:
     layers = linears(model)
     groups = {name: 2 if name.endswith(("q_proj", "down_proj")) else 0 for name in layers}
