@@ -90,6 +90,10 @@ class Hessians:
                 hessian[start:stop, stop:] = hessian[stop:, start:stop].t()
         return total
 
+    def of_each(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """:meth:`of` of those of these layers that have a Hessian."""
+        return {name: self.of(name) for name in names if name in self._key}
+
     def keep(self, names: Iterable[str]) -> None:
         """Drop the sums that none of these layers needs."""
         needed = {self._key[name] for name in names if name in self._key}

@@ -27,8 +27,8 @@ from squeezellm_hf.pipeline.plan import Plan
 # Part of the free memory that a model and its Fisher sums may take; activations need some, too.
 _SHARE = 0.75
 
-# Quantizes some layers, given the Fisher sums and Hessians of at least these.
-Quantize = Callable[[list[str], dict[str, Tensor], Hessians | None], None]
+# Quantizes some layers, given the Fisher sums of at least these and their Hessians.
+Quantize = Callable[[list[str], dict[str, Tensor], dict[str, Tensor]], None]
 
 
 def fits(model: nn.Module, plan: Plan, device: torch.device) -> bool:
@@ -73,7 +73,7 @@ def quantize_blockwise(
         objective: what is differentiated.
         device: where everything is computed.
         unfinished: names of the layers that are to be quantized.
-        quantize: called with layers of one shape, whose weights and statistics are on the device.
+        quantize: called with layers of one shape, whose weights and Fisher sums are on the device.
         progress: show progress bars.
 
     Raises:
@@ -111,11 +111,13 @@ def quantize_blockwise(
             siblings.complete(hessians.sums, tokens.sums)
         left = set(names)
         for part in parts_of(names, plan, linears):
-            if not unfinished.isdisjoint(part):
-                quantize(part, fisher.sums, hessians)
             left.difference_update(part)
+            # The solver copies what it works on: the originals wait in CPU memory.
+            own = {name: h.cpu() for name, h in hessians.of_each(part).items()} if hessians else {}
             if hessians is not None:
                 hessians.keep(left)
+            if not unfinished.isdisjoint(part):
+                quantize(part, fisher.sums, own)
         return result
 
     with frozen(model):

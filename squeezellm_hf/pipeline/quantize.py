@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from squeezellm_hf.calibration.blocks import on_device
-from squeezellm_hf.calibration.hessian import Hessians, shared_inputs
+from squeezellm_hf.calibration.hessian import shared_inputs
 from squeezellm_hf.calibration.objectives import CausalLM, Objective, Sample
 from squeezellm_hf.methods.squeezellm import WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
@@ -112,7 +112,8 @@ def quantize_modules(
             for part in each.parts:
                 bar.set_postfix_str(part[0], refresh=False)
                 if part in missing:
-                    done |= _quantize(part, plan, linears, fisher, hessians, run)
+                    own = hessians.of_each(part) if hessians is not None else {}
+                    done |= _quantize(part, plan, linears, fisher, own, run)
                 bar.update(len(part))
                 if is_last:
                     _swap_all(model, part, plan, linears, done, layers)
@@ -136,7 +137,7 @@ def _quantize_blocks(
     progress: bool,
 ) -> dict[str, SqueezeLLMLinear]:
     def quantize(
-        part: list[str], fisher: dict[str, Tensor] | None, hessians: Hessians | None
+        part: list[str], fisher: dict[str, Tensor] | None, hessians: Mapping[str, Tensor]
     ) -> None:
         found = _quantize(part, plan, linears, fisher, hessians, run)
         for name, tensors in found.items():
@@ -156,7 +157,7 @@ def _quantize_blocks(
     elif unfinished:
         for name in tqdm(sorted(unfinished), desc="Quantizing", unit="layer", disable=not progress):
             with on_device([linears[name].weight], device):
-                quantize([name], None, None)
+                quantize([name], None, {})
     layers: dict[str, SqueezeLLMLinear] = {}
     _swap_all(model, list(plan), plan, linears, done, layers)
     return layers
@@ -167,7 +168,7 @@ def _quantize(
     plan: Plan,
     linears: dict[str, Any],
     fisher: dict[str, Tensor] | None,
-    hessians: Hessians | None,
+    hessians: Mapping[str, Tensor],
     run: WorkDir | None,
 ) -> dict[str, dict[str, Tensor]]:
     """Quantize layers side by side, and keep them. Their part of the Fisher sums is dropped."""
@@ -177,7 +178,7 @@ def _quantize(
                 linears[name].weight.detach(),
                 fisher.pop(name) if fisher is not None else None,
                 plan[name],
-                hessians.of(name) if hessians is not None and name in hessians.linears else None,
+                hessians.get(name),
                 name,
             )
         )

@@ -38,7 +38,7 @@ class RowGroup(NamedTuple):
     """R rows with one Hessian. Table and indices are the start, and overwritten by the result.
 
     Attributes:
-        hessian: fp32 [n, n], symmetric, positive semidefinite.
+        hessian: fp32 [n, n], symmetric, positive semidefinite; the device of the others or a CPU.
         weight: [R, n].
         removed: bool [R, n], cells of the sparse part.
         table: fp16 or bf16 [R, k], ascending.
@@ -108,9 +108,9 @@ def _most_cells(device: torch.device) -> int:
 
 def _solve(batch: list[RowGroup], rounds: int, sweeps: int) -> None:
     # Columns of large H_ii first: see feedback.
-    orders = [group.hessian.diagonal().argsort(descending=True, stable=True) for group in batch]
+    orders = [_order(group) for group in batch]
     ordered = list(zip(batch, orders, strict=True))
-    hessian = torch.stack([group.hessian[order][:, order] for group, order in ordered])
+    hessian = torch.stack([_ordered(group, order) for group, order in ordered])
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     hessian /= diagonal.mean(dim=1)[:, None, None]
     diagonal += DAMPING
@@ -140,6 +140,15 @@ def _solve(batch: list[RowGroup], rounds: int, sweeps: int) -> None:
     for b, (group, order) in enumerate(ordered):
         group.table.copy_(best.table[b])
         group.indices[:, order] = best.indices[b]
+
+
+def _order(group: RowGroup) -> Tensor:
+    diagonal = group.hessian.diagonal().to(group.weight.device)
+    return diagonal.argsort(descending=True, stable=True)
+
+
+def _ordered(group: RowGroup, order: Tensor) -> Tensor:
+    return group.hessian.to(group.weight.device)[order][:, order]
 
 
 class _Best:
