@@ -108,7 +108,15 @@ void launch_linear(LinearCall& call, const Tensor& x, bool warpgroups) {
     const bool streamed = device_limits(x.get_device_index()).capability >= 9 && is_aligned(call) && can_stream();
     return check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
   }
-  if (!pairs && warpgroups) return check_launch(sparse ? linear_warpgroup(call) : linear_warpgroup_dense(call));
+  if (!pairs && warpgroups && sparse) return check_launch(linear_warpgroup(call));
+  if (!pairs && warpgroups) {
+    std::optional<Tensor> parts;
+    if (const int64_t bytes = parts_bytes(call); bytes > 0) {
+      parts = empty(x, {bytes}, aoti_torch_dtype_uint8());
+      call.parts = parts->mutable_data_ptr();
+    }
+    return check_launch(linear_warpgroup_dense(call));
+  }
   std::optional<Tensor> permuted;
   if (pairs) {
     permuted = empty(x, {batch, permuted_columns(call)});
