@@ -26,8 +26,8 @@ struct TileShape {
 };
 constexpr TileShape kTileShapes[] = {
     {64, {{3510, 620}, {3300, 700}, {3020, 820}}, {{4170, 1110}, {4250, 1300}, {3980, 1470}}},
-    {128, {{5310, 720}, {5390, 840}, {5460, 930}}, {}},
-    {256, {{7050, 1270}, {7170, 1280}, {7340, 1320}}, {}},
+    {128, {{6200, 660}, {6200, 780}, {6200, 890}}, {}},
+    {256, {{8400, 1170}, {8400, 1180}, {8400, 1210}}, {}},
 };
 
 // Nanoseconds that `blocks` blocks of `stages` stages take on a device that holds `resident` of them, one each
@@ -56,9 +56,11 @@ struct PersistentShape {
   PersistentCost cost;
 };
 constexpr PersistentShape kPersistentShapes[] = {
-    {128, {5000, 1500, {720, 840, 930}, 1000, 1500}},
-    {256, {6000, 2500, {1270, 1280, 1320}, 1500, 3000}},
+    {128, {3000, 2000, {740, 840, 960}, 1500, 1500}},
+    {256, {3500, 2500, {1300, 1330, 1380}, 2500, 3000}},
 };
+// Tiles that a helper helps with: of three, the parts cost what they save.
+constexpr int kMostRounds = 2;
 
 // The schedule with or without helpers, and its time; INT64_MAX where there is none.
 inline int64_t make_schedule(const LinearCall& call, const PersistentShape& shape, bool helped, Schedule& schedule) {
@@ -76,8 +78,9 @@ inline int64_t make_schedule(const LinearCall& call, const PersistentShape& shap
   const int64_t before = cost.start + whole * stages * stage + (whole - (rest == 0)) * int64_t{cost.tile};
   if (!helped) return before + (rest > 0 ? stages * stage : 0);
   if (rest == 0 || stages == 1) return INT64_MAX;
-  // Owners and helpers are to end at the same time.
   const int rounds = divide_up(rest, helpers);
+  if (rounds > kMostRounds) return INT64_MAX;
+  // Owners and helpers are to end at the same time.
   const int64_t even = (stages * stage - rounds * int64_t{cost.leave}) / (stage * (1 + rounds));
   schedule.helped_stages = static_cast<int>(std::min(std::max(even, int64_t{1}), int64_t{stages - 1}));
   const int64_t owner = (stages - schedule.helped_stages) * stage;
@@ -91,7 +94,8 @@ inline DensePlan make_plan(const LinearCall& call) {
   int64_t least = INT64_MAX;
   for (const TileShape& shape : kTileShapes) {
     const int64_t tiles = int64_t{divide_up(call.weight.out_features, kRows)} * divide_up(call.batch, shape.batch);
-    for (int slices = 1; slices <= kMostSlices; ++slices) {
+    // With all multiprocessors at work, persistent blocks were never slower.
+    for (int slices = shape.batch == 64 ? 1 : 3; slices <= kMostSlices; ++slices) {
       const int slice_stages = divide_up(divide_up(call.weight.in_features, kPackedColumns), slices);
       const int64_t time = time_of(shape, call.weight.bits, tiles * slices, slice_stages, resident_blocks(call, slices),
                                    resident_pairs(call, slices));

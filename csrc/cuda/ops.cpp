@@ -74,13 +74,11 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 }
 
 // The largest batch for which the weight is not dequantized first: beyond, that is repaid by the library's
-// matrix product. Measured on an H200: on short rows, a tile of linear_warpgroup_dense hardly repays its start.
+// matrix product. Measured on an H200.
 int64_t most_fused(const LinearCall& call, bool warpgroups) {
   const bool sparse = call.weight.crow_indices != nullptr;
   if (!warpgroups) return sparse ? 128 : 256;
-  if (sparse) return 256;
-  if (call.weight.in_features >= 8192) return 2048;
-  return call.weight.out_features > 8192 ? 512 : 1024;
+  return sparse ? 256 : 2048;
 }
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
