@@ -74,13 +74,11 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 }
 
 // The largest batch for which the weight is not dequantized first: beyond, that is repaid by the library's
-// matrix product. Measured on an H200: on short rows, a tile of linear_warpgroup_dense hardly repays its start.
+// matrix product. Measured on an H200.
 int64_t most_fused(const LinearCall& call, bool warpgroups) {
   const bool sparse = call.weight.crow_indices != nullptr;
   if (!warpgroups) return sparse ? 128 : 256;
-  if (sparse) return 256;
-  if (call.weight.in_features >= 8192) return 2048;
-  return call.weight.out_features > 8192 ? 512 : 1024;
+  return sparse ? 256 : 2048;
 }
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
@@ -108,7 +106,15 @@ void launch_linear(LinearCall& call, const Tensor& x, bool warpgroups) {
     const bool streamed = device_limits(x.get_device_index()).capability >= 9 && is_aligned(call) && can_stream();
     return check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
   }
-  if (!pairs && warpgroups) return check_launch(sparse ? linear_warpgroup(call) : linear_warpgroup_dense(call));
+  if (!pairs && warpgroups && sparse) return check_launch(linear_warpgroup(call));
+  if (!pairs && warpgroups) {
+    std::optional<Tensor> parts;
+    if (const int64_t bytes = parts_bytes(call); bytes > 0) {
+      parts = empty(x, {bytes}, aoti_torch_dtype_uint8());
+      call.parts = parts->mutable_data_ptr();
+    }
+    return check_launch(linear_warpgroup_dense(call));
+  }
   std::optional<Tensor> permuted;
   if (pairs) {
     permuted = empty(x, {batch, permuted_columns(call)});

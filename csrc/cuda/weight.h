@@ -41,6 +41,7 @@ struct LinearCall {
   float* workspace;
   // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
   void* transposed_x;
+  void* parts;       // linear_warpgroup_dense: parts_bytes(call) bytes, null where these are none
   void* permuted_x;  // linear_warpgroup_pairs: [batch, permuted_columns(call)] in the dtype of x
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
@@ -70,6 +71,7 @@ cudaError_t finish_linear(const LinearCall& call, int slices);
 cudaError_t linear_warpgroup(const LinearCall& call);
 // The same for weights without a sparse part, faster.
 cudaError_t linear_warpgroup_dense(const LinearCall& call);
+int64_t parts_bytes(const LinearCall& call);
 // The same for batches up to kPairsBatch; a sparse part is left to finish_linear.
 cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).

@@ -10,6 +10,8 @@ from tests.ops.oracle import TORCH_DTYPES, make_weight, make_x
 
 # Read 16 bytes at a time with rows to spare in the last tile, and a size that nothing divides.
 SHAPES = [(136, 512), (33, 77)]
+# Of which blocks share tiles on an H200, from 65 activations on.
+SHARED = (11000, 2048)
 
 
 def end_amid_a_chunk(tensors: dict[str, torch.Tensor]) -> None:
@@ -53,6 +55,7 @@ def main(batches: list[int]) -> None:
             call(batches, shape, bits, 0.0, "bf16")
             call(batches, shape, bits, 0.05, "fp16")
         call(batches, shape, 4, 0.05, "bf16", hostile=True)
+    call([batch for batch in batches if 64 < batch <= 100], SHARED, 4, 0.0, "bf16")
     # Without torch's product after it, which has ended with an illegal access under racecheck
     # 2025.3 although it is not watched.
     call([], SHAPES[0], 7, 0.05, "fp16")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [(1, 1), (1, 77), (33, 1), (49, 2051), (18, 576), (130, 1536), (200, 512), (31, 8192)]
 MANY_ROWS = (4109, 256)  # of which few activations take another way than of few
 # Small batches; tensor cores with 16 to 256 columns; dequantization and torch's product.
-BATCHES = [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 65, 129, 256, 300, 600, 1100]
+BATCHES = [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 65, 129, 256, 300, 600, 1100, 2100]
 FUSED_BITS = (2, 3, 4)  # other widths are dequantized and left to torch
 SMALL_BATCH = 8  # up to here, sparse values are multiplied as they are
 DTYPES = ["fp16", "bf16"]
@@ -66,14 +66,9 @@ def has_warpgroups() -> bool:
 
 def most_fused(weight: Weight) -> int:
     """The largest batch for which the weight is not dequantized first."""
-    rows, columns = weight.matrix.shape
     if not has_warpgroups():
         return 128
-    if "values" in weight.tensors:
-        return 256
-    if columns < 8192 and rows > 8192:
-        return 512
-    return 2048 if columns >= 8192 else 1024
+    return 256 if "values" in weight.tensors else 2048
 
 
 def torch_slack(batch: int, weight: Weight) -> float:
@@ -138,6 +133,18 @@ def test_small_batches_of_many_rows(bits: int, sparse: bool) -> None:
         x = make_x(8, 256, "bf16")
         for batch in (1, 2, 3, 4, 5, 8):
             assert_close(linear(x[:batch], weight), x[:batch], weight)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(11000, "bf16"), (10997, "fp16")])
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_larger_batches_of_many_rows(bits: int, rows: int, dtype: str) -> None:
+    """On an H200: one tile a block and several, tiles that blocks share, one cut short."""
+    weight = make_weight(rows, 2048, bits, table_dtype=dtype)
+    x = make_x(700, 2048, dtype)
+    bias = torch.linspace(-1, 1, rows)
+    for batch in (65, 100, 256, 300, 500, 700):
+        y = linear(x[:batch], weight, bias)
+        assert_close(y, x[:batch], as_multiplied(weight, batch, dtype), bias.double().numpy())
 
 
 @settings(max_examples=120, deadline=None)
@@ -313,6 +320,22 @@ def test_thousands_of_calls_one_behind_the_other(bits: int, batch: int, density:
             y.fill_(float("nan"))
         graph.replay()
         assert all(torch.equal(y, expected) for y in outputs)
+
+
+@pytest.mark.parametrize("batch", [100, 500])
+def test_shared_tiles_one_behind_the_other(batch: int) -> None:
+    """What blocks leave for others lies in memory that calls in a graph take in turn."""
+    weight = on_gpu(make_weight(11000, 2048, 4))
+    xs = [make_x(batch, 2048, "bf16", seed).cuda() for seed in range(3)]
+    expected = [ops.lut_linear(x, **weight, bits=4) for x in xs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [ops.lut_linear(xs[i % 3], **weight, bits=4) for i in range(30)]
+    for _ in range(40):
+        for y in outputs:
+            y.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(y, expected[i % 3]) for i, y in enumerate(outputs))
 
 
 @pytest.mark.parametrize("batch", [12, 24, 40])
