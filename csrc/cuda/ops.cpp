@@ -109,21 +109,20 @@ void launch_linear(LinearCall& call, const Tensor& x, bool warpgroups) {
     return check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
   }
   if (!pairs && warpgroups) return check_launch(sparse ? linear_warpgroup(call) : linear_warpgroup_dense(call));
-  std::optional<Tensor> permuted;
-  if (pairs) {
-    permuted = empty(x, {batch, permuted_columns(call)});
-    call.permuted_x = permuted->mutable_data_ptr();
-    if (!sparse) return check_launch(linear_warpgroup_pairs(call));
-  }
-  const int64_t slices = pairs ? 1 : linear_slices(call);
-  const Tensor workspace = empty(x, {slices, batch, call.weight.out_features}, aoti_torch_dtype_float32());
-  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   std::optional<Tensor> transposed;
   if (sparse) {
     transposed = empty(x, {call.weight.in_features, transposed_batch(batch)});
     call.transposed_x = transposed->mutable_data_ptr();
   }
-  check_launch(pairs ? linear_warpgroup_pairs(call) : linear_tensor_core(call));
+  if (pairs) {
+    const Tensor permuted = empty(x, {batch, permuted_columns(call)});
+    call.permuted_x = permuted.mutable_data_ptr();
+    return check_launch(linear_warpgroup_pairs(call));
+  }
+  const int64_t slices = linear_slices(call);
+  const Tensor workspace = empty(x, {slices, batch, call.weight.out_features}, aoti_torch_dtype_float32());
+  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  check_launch(linear_tensor_core(call));
   check_launch(finish_linear(call, static_cast<int>(slices)));
 }
 

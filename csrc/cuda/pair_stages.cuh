@@ -35,6 +35,9 @@ struct PairTile {
   static constexpr int kChunkSteps = 2;  // looked up at a time
   static constexpr int kChunks = kStageColumns / (kChunkSteps * kProductDepth);
   static constexpr int kLineChunks = kLineColumns / (kChunkSteps * kProductDepth);
+  // Of the sparse part: entries of a row that its lanes take at a time, and how many of a lane are on their way.
+  static constexpr int kSparseParts = 4;
+  static constexpr int kSparseAhead = 6;
   // What a warp writes at once lies in different banks.
   static constexpr int kSumStride = kTileRows + 4;
 
@@ -49,48 +52,66 @@ struct alignas(1024) PairShared {
   uint64_t packed_ready[Tile::kWarps][Tile::kPackedSlots];
   uint64_t x_ready[Tile::kSlots];
   uint64_t x_free[Tile::kSlots];
+  int row_pointers[Tile::kTileRows + 1];  // of the sparse part
 };
 
 constexpr int kPermuteThreads = 128;
 
 // Activations in the tensor core's order, with zeros up to a multiple of 128 columns: of columns 32 t + 4 s + i of 128,
 // those with i = 0 and 1 come to places 16 s + 2 t and after, those with i = 2 and 3 eight places on. A thread moves 4
-// times 16 bytes.
+// times 16 bytes. For a sparse part also transposed, `lines` (with zeros beyond the batch) next to each other: then
+// neighbouring threads have neighbouring lines.
 __global__ void __launch_bounds__(kPermuteThreads, 16)
-    permute_activations_kernel(const uint16_t* x, uint16_t* permuted, int batch, int in_features, int columns) {
+    permute_activations_kernel(const uint16_t* x, uint16_t* permuted, uint16_t* transposed, int batch, int lines,
+                               int in_features, int columns) {
 #ifdef SQUEEZELLM_HF_WGMMA
   allow_next_kernel();
   wait_for_previous_kernel();
   const int quarters = columns / 32;
-  for (int piece = blockIdx.x * blockDim.x + threadIdx.x; piece < batch * quarters; piece += gridDim.x * blockDim.x) {
-    const int line = piece / quarters;
-    const int quarter = piece % quarters;
+  for (int piece = blockIdx.x * blockDim.x + threadIdx.x; piece < lines * quarters; piece += gridDim.x * blockDim.x) {
+    const int line = transposed == nullptr ? piece / quarters : piece % lines;
+    const int quarter = transposed == nullptr ? piece % quarters : piece / lines;
     const int begin = quarter / 4 * kStageColumns + quarter % 4 * 8;
     const uint16_t* source = x + int64_t{line} * in_features + begin;
     uint4 v[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       v[t] = uint4{};
-      if (begin + t * 32 < in_features) v[t] = load_uncached(reinterpret_cast<const uint4*>(source + t * 32));
+      if (line < batch && begin + t * 32 < in_features)
+        v[t] = load_uncached(reinterpret_cast<const uint4*>(source + t * 32));
     }
-    auto* target = reinterpret_cast<uint4*>(permuted + int64_t{line} * columns + quarter * 32);
-    target[0] = {v[0].x, v[1].x, v[2].x, v[3].x};
-    target[1] = {v[0].y, v[1].y, v[2].y, v[3].y};
-    target[2] = {v[0].z, v[1].z, v[2].z, v[3].z};
-    target[3] = {v[0].w, v[1].w, v[2].w, v[3].w};
+    if (line < batch) {
+      auto* target = reinterpret_cast<uint4*>(permuted + int64_t{line} * columns + quarter * 32);
+      target[0] = {v[0].x, v[1].x, v[2].x, v[3].x};
+      target[1] = {v[0].y, v[1].y, v[2].y, v[3].y};
+      target[2] = {v[0].z, v[1].z, v[2].z, v[3].z};
+      target[3] = {v[0].w, v[1].w, v[2].w, v[3].w};
+    }
+    if (transposed == nullptr) continue;
+    uint16_t* target = transposed + int64_t{begin} * lines + line;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      if (begin + t * 32 >= in_features) break;
+      const uint32_t words[] = {v[t].x, v[t].y, v[t].z, v[t].w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) target[i * lines] = static_cast<uint16_t>(i % 2 ? words[i / 2] >> 16 : words[i / 2]);
+      target += 32 * lines;
+    }
   }
 #endif
 }
 
 inline cudaError_t permute_activations(const LinearCall& call) {
   const int columns = static_cast<int>(permuted_columns(call));
+  const int lines = call.transposed_x == nullptr ? call.batch : static_cast<int>(transposed_batch(call.batch));
   // One block a multiprocessor fits beside the kernel before, so that it waits there and not for that one's last
   // blocks; with more than two to do, it is too slow.
-  const int pieces = divide_up(call.batch * (columns / 32), kPermuteThreads);
+  const int pieces = divide_up(lines * (columns / 32), kPermuteThreads);
   const int blocks = pieces <= 2 * call.multiprocessors ? std::min(pieces, call.multiprocessors) : pieces;
   return launch_clusters(permute_activations_kernel, blocks, 1, kPermuteThreads, 0, call.stream,
-                         static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.permuted_x), call.batch,
-                         call.weight.in_features, columns);
+                         static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.permuted_x),
+                         static_cast<uint16_t*>(call.transposed_x), call.batch, lines, call.weight.in_features,
+                         columns);
 }
 
 // The tensor map of permuted activations, 64 columns of `lines` lines a tile.
