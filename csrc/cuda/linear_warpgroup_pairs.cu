@@ -145,22 +145,30 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
   wait_for_last_kernel();
   typename Tile::Sums sums = {};
   if (group < stages) multiply_stages<Tile>(sums, shared, indices, group, stages);
-  const RowRange sparse_rows = has_sparse_part ? sparse_share<Tile>() : RowRange{0, 0};
-  SparseRows<Tile> sparse(call, shared, sparse_rows, first_batch);
-  if (has_sparse_part) sparse.load_first();
 
-  // The stages and tables make room for the sums.
-  synchronize(1, Tile::kProductThreads);
   float* block_sums = reinterpret_cast<float*>(&shared);
-  float* own = block_sums + group * kSumGroup + warp * Tile::kWarpRows + lane / 4;
+  const auto store_group = [&] {
+    // The stages and tables make room for the sums.
+    synchronize(1, Tile::kProductThreads);
+    float* own = block_sums + group * kSumGroup + warp * Tile::kWarpRows + lane / 4;
 #pragma unroll
-  for (int i = 0; i < Tile::kTileRows / kGroupLines; ++i)
+    for (int i = 0; i < Tile::kTileRows / kGroupLines; ++i)
 #pragma unroll
-    for (int n = 0; n < Tile::kBatch / 8; ++n)
+      for (int n = 0; n < Tile::kBatch / 8; ++n)
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        own[(n * 8 + lane % 4 * 2 + k % 2) * Tile::kSumStride + i * 16 + k / 2 * 8] = sums[i][n][k];
-  if (has_sparse_part) sparse.multiply(block_sums + Tile::kGroups * kSumGroup, block_sums + kSums);
+        for (int k = 0; k < 4; ++k)
+          own[(n * 8 + lane % 4 * 2 + k % 2) * Tile::kSumStride + i * 16 + k / 2 * 8] = sums[i][n][k];
+  };
+  RowRange sparse_rows = {0, 0};
+  if (has_sparse_part) {
+    sparse_rows = sparse_share<Tile>();
+    SparseRows<Tile> sparse(call, shared, sparse_rows, first_batch);
+    sparse.load_first();
+    store_group();
+    sparse.multiply(block_sums + Tile::kGroups * kSumGroup, block_sums + kSums);
+  } else {
+    store_group();
+  }
   synchronize(1, Tile::kProductThreads);
   add_groups<Tile>(block_sums, sparse_rows);
   if (cluster_size() == 1) {

@@ -91,12 +91,13 @@ bool fits(const LinearCall& call) {
 }
 
 // Whether linear_warpgroup_pairs serves: also the largest of the small batches, of which linear_streamed is not faster.
-// On long rows x is too much for its memory; on short ones a sparse part that it has inside costs less than one behind.
+// With a sparse part it is on few and short rows; on long ones x is too much for its memory.
 bool suits_pairs(const LinearCall& call, bool warpgroups) {
   constexpr int kStreamed = 4;
-  constexpr int kLongRow = 8192;
+  constexpr int kMany = 8192;
   if (!warpgroups || call.batch > kPairsBatch || call.batch <= kStreamed || !is_aligned(call)) return false;
-  return call.batch > kSmallBatch || call.weight.crow_indices == nullptr || call.weight.in_features > kLongRow;
+  if (call.batch > kSmallBatch || call.weight.crow_indices == nullptr) return true;
+  return call.weight.in_features > kMany || call.weight.out_features > kMany;
 }
 
 // By the kernel that suits the batch; what kernels hand to each other lies in memory that is allocated here.

@@ -172,8 +172,9 @@ class SparseRows {
       for (int i = 0; i < kAhead; ++i)
         if (i * kStep < left) {
           // Clamped later: nothing waits here.
-          columns_[i] = load_bits(weight_.col_indices, weight_.wide_columns ? DType::kFloat32 : DType::kFloat16,
-                                  entry + i * kStep);
+          columns_[i] = weight_.wide_columns
+                            ? __ldg(static_cast<const uint32_t*>(weight_.col_indices) + entry + i * kStep)
+                            : __ldg(static_cast<const uint16_t*>(weight_.col_indices) + entry + i * kStep);
           values_[i] = load_bits(weight_.values, weight_.values_dtype, entry + i * kStep);
         }
     }

@@ -60,8 +60,8 @@ constexpr int kPermuteThreads = 128;
 #ifdef SQUEEZELLM_HF_WGMMA
 
 // Activations in the tensor core's order, with zeros up to a multiple of 128 columns: of columns 32 t + 4 s + i of 128,
-// those with i = 0 and 1 come to places 16 s + 2 t and after, those with i = 2 and 3 eight places on. A piece is 4 times
-// 16 bytes.
+// those with i = 0 and 1 come to places 16 s + 2 t and after, those with i = 2 and 3 eight places on. A piece is 4
+// times 16 bytes.
 __device__ __forceinline__ void permute_piece(const uint16_t* x, uint16_t* permuted, int piece, int in_features,
                                               int columns) {
   const int line = piece / (columns / 32);
@@ -96,7 +96,8 @@ __device__ __forceinline__ void transpose_piece(const uint16_t* x, uint16_t* tra
   uint16_t* target = transposed + int64_t{column} * lines + line;
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    *reinterpret_cast<uint32_t*>(target + i * lines) = __byte_perm(first[i / 2], second[i / 2], i % 2 ? 0x7632 : 0x5410);
+    *reinterpret_cast<uint32_t*>(target + i * lines) =
+        __byte_perm(first[i / 2], second[i / 2], i % 2 ? 0x7632 : 0x5410);
 }
 
 #endif
@@ -128,9 +129,9 @@ inline cudaError_t permute_activations(const LinearCall& call) {
   const int blocks = divide_up(pieces, kPermuteThreads);
   const int launched = blocks <= 2 * call.multiprocessors ? std::min(blocks, call.multiprocessors) : blocks;
   return launch_clusters(permute_activations_kernel, launched, 1, kPermuteThreads, 0, call.stream,
-                         static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.permuted_x),
-                         permuted_pieces, static_cast<uint16_t*>(call.transposed_x), pieces, call.batch, lines,
-                         call.weight.in_features, columns);
+                         static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.permuted_x), permuted_pieces,
+                         static_cast<uint16_t*>(call.transposed_x), pieces, call.batch, lines, call.weight.in_features,
+                         columns);
 }
 
 // The tensor map of permuted activations, 64 columns of `lines` lines a tile.
