@@ -134,6 +134,7 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
   for (int i = 0; i < Tile::kPackedSlots; ++i)
     if (group + i * Tile::kGroups < stages) indices.request(group + i * Tile::kGroups, i);
   const bool has_sparse_part = call.weight.crow_indices != nullptr;
+  // Asked for before the tables' values, and not touched before those are there.
   const int tile_row = static_cast<int>(threadIdx.x);
   int pointer = 0;
   if (has_sparse_part && tile_row <= Tile::kTileRows) pointer = row_pointer(call.weight, first_row + tile_row);
