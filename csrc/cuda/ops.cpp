@@ -89,12 +89,13 @@ bool fits(const LinearCall& call) {
 }
 
 // Whether linear_warpgroup_pairs serves: also the largest of the small batches, of which linear_streamed is not faster.
-// On long rows x is too much for its memory; on short ones a sparse part that it has inside costs less than one behind.
+// With a sparse part it is on few and short rows; on long ones x is too much for its memory.
 bool suits_pairs(const LinearCall& call, bool warpgroups) {
   constexpr int kStreamed = 4;
-  constexpr int kLongRow = 8192;
+  constexpr int kMany = 8192;
   if (!warpgroups || call.batch > kPairsBatch || call.batch <= kStreamed || !is_aligned(call)) return false;
-  return call.batch > kSmallBatch || call.weight.crow_indices == nullptr || call.weight.in_features > kLongRow;
+  if (call.batch > kSmallBatch || call.weight.crow_indices == nullptr) return true;
+  return call.weight.in_features > kMany || call.weight.out_features > kMany;
 }
 
 // By the kernel that suits the batch; what kernels hand to each other lies in memory that is allocated here.
@@ -115,21 +116,20 @@ void launch_linear(LinearCall& call, const Tensor& x, bool warpgroups) {
     }
     return check_launch(linear_warpgroup_dense(call));
   }
-  std::optional<Tensor> permuted;
-  if (pairs) {
-    permuted = empty(x, {batch, permuted_columns(call)});
-    call.permuted_x = permuted->mutable_data_ptr();
-    if (!sparse) return check_launch(linear_warpgroup_pairs(call));
-  }
-  const int64_t slices = pairs ? 1 : linear_slices(call);
-  const Tensor workspace = empty(x, {slices, batch, call.weight.out_features}, aoti_torch_dtype_float32());
-  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   std::optional<Tensor> transposed;
   if (sparse) {
     transposed = empty(x, {call.weight.in_features, transposed_batch(batch)});
     call.transposed_x = transposed->mutable_data_ptr();
   }
-  check_launch(pairs ? linear_warpgroup_pairs(call) : linear_tensor_core(call));
+  if (pairs) {
+    const Tensor permuted = empty(x, {batch, permuted_columns(call)});
+    call.permuted_x = permuted.mutable_data_ptr();
+    return check_launch(linear_warpgroup_pairs(call));
+  }
+  const int64_t slices = linear_slices(call);
+  const Tensor workspace = empty(x, {slices, batch, call.weight.out_features}, aoti_torch_dtype_float32());
+  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  check_launch(linear_tensor_core(call));
   check_launch(finish_linear(call, static_cast<int>(slices)));
 }
 

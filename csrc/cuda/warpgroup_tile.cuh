@@ -123,22 +123,11 @@ __device__ __forceinline__ void store_sums(float* target, const float (&sums)[kP
     }
 }
 
-// Four neighbouring outputs, or their sums where finish_linear follows; `row` is a multiple of 4.
+// Four neighbouring outputs; `row` is a multiple of 4.
 template <class T>
 __device__ __forceinline__ void store_outputs(const LinearCall& call, int batch, int row, float4 sum) {
   const int out_features = call.weight.out_features;
   const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-  if (call.workspace != nullptr) {
-    float* target = call.workspace + int64_t{batch} * out_features + row;
-    if (out_features % 4 == 0) {
-      if (row < out_features) *reinterpret_cast<float4*>(target) = sum;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (row + i < out_features) target[i] = sums[i];
-    }
-    return;
-  }
   __align__(8) T values[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

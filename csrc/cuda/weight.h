@@ -36,10 +36,9 @@ struct LinearCall {
   DType bias_dtype;
   DType dtype;
   int batch;
-  // Sums for finish_linear, [slices, batch, out_features]: of linear_slices(call) slices for linear_tensor_core; of one
-  // for linear_warpgroup_pairs, where null stands for nothing to follow.
-  float* workspace;
-  // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
+  float* workspace;  // linear_tensor_core and finish_linear: [linear_slices(call), batch, out_features]
+  // finish_linear and linear_warpgroup_pairs: [in_features, transposed_batch(batch)] in the dtype of x, null without a
+  // sparse part.
   void* transposed_x;
   void* parts;       // linear_warpgroup_dense: parts_bytes(call) bytes, null where these are none
   void* permuted_x;  // linear_warpgroup_pairs: [batch, permuted_columns(call)] in the dtype of x
@@ -72,7 +71,7 @@ cudaError_t linear_warpgroup(const LinearCall& call);
 // The same for weights without a sparse part, faster.
 cudaError_t linear_warpgroup_dense(const LinearCall& call);
 int64_t parts_bytes(const LinearCall& call);
-// The same for batches up to kPairsBatch; a sparse part is left to finish_linear.
+// The same for batches up to kPairsBatch, faster, with and without one.
 cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
 bool has_warpgroup_kernel();
@@ -86,7 +85,7 @@ int64_t linear_slices(const LinearCall& call);
 // Of the copy of x that linear_warpgroup_pairs makes.
 inline int64_t permuted_columns(const LinearCall& call) { return (int64_t{call.weight.in_features} + 127) / 128 * 128; }
 
-inline int64_t transposed_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
+__host__ __device__ inline int64_t transposed_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
 
 // Whether rows of weights and activations can be read 16 bytes at a time.
 inline bool is_aligned(const LinearCall& call) {

@@ -209,6 +209,18 @@ def test_sparse_rows_of_every_kind(batch: int, table_dtype: str) -> None:
         assert_close(linear(x, weight), x, expected, slack=0 if table_dtype == "fp16" else 5e-4)
 
 
+@pytest.mark.parametrize("batch", [5, 12, 24, 40, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_full_row_among_short_ones(batch: int, dtype: str) -> None:
+    """It is shared among more warps than the others; rows and columns that divide unevenly."""
+    for shape in ((150, 9024), (9000, 288)):
+        weight = make_weight(
+            *shape, 4, density=0.004, empty_rows=True, full_row=True, table_dtype=dtype
+        )
+        x = make_x(batch, shape[1], dtype)
+        assert_close(linear(x, weight), x, as_multiplied(weight, batch, dtype))
+
+
 @pytest.mark.parametrize("batch", [1, 16, 300])
 @pytest.mark.parametrize("bias_dtype", ["fp32", "bf16", "fp16"])
 def test_bias(batch: int, bias_dtype: str) -> None:
@@ -338,10 +350,13 @@ def test_shared_tiles_one_behind_the_other(batch: int) -> None:
         assert all(torch.equal(y, expected[i % 3]) for i, y in enumerate(outputs))
 
 
+@pytest.mark.parametrize("density", [0.0, 0.005])
 @pytest.mark.parametrize("batch", [12, 24, 40])
-def test_calls_one_behind_the_other_have_activations_of_their_own(batch: int) -> None:
-    """Calls in a graph take the same memory in turn for a copy of x."""
-    weight = on_gpu(make_weight(4096, 1024, 4))
+def test_calls_one_behind_the_other_have_activations_of_their_own(
+    batch: int, density: float
+) -> None:
+    """Calls in a graph take the same memory in turn for copies of x."""
+    weight = on_gpu(make_weight(4096, 1024, 4, density=density))
     xs = [make_x(batch, 1024, "bf16", seed).cuda() for seed in range(3)]
     expected = [ops.lut_linear(x, **weight, bits=4) for x in xs]
     graph = torch.cuda.CUDAGraph()
@@ -372,7 +387,7 @@ def test_graphs_and_streams(batch: int) -> None:
         assert torch.equal(replayed, expected)
 
 
-@pytest.mark.parametrize("batch", [1, 8, 20, 300])
+@pytest.mark.parametrize("batch", [1, 8, 12, 20, 40, 300])
 def test_no_row_pointer_or_column_leads_out_of_bounds(batch: int) -> None:
     """Not more than that it runs: compute-sanitizer sees the accesses."""
     weight = on_gpu(make_weight(64, 512, 4, density=0.05))
@@ -387,7 +402,7 @@ def test_no_row_pointer_or_column_leads_out_of_bounds(batch: int) -> None:
     assert matrix.shape == (64, 512)
 
 
-@pytest.mark.parametrize("batch", [1, 8, 20, 300])
+@pytest.mark.parametrize("batch", [1, 8, 12, 20, 40, 300])
 def test_row_pointers_at_the_ends_of_int32_hold_nothing(batch: int) -> None:
     """A lane's place beyond such a pointer, or a row's length, must not wrap around."""
     weight = make_weight(64, 512, 4, density=0.05)
