@@ -9,6 +9,7 @@
 // They meet on barriers in shared memory only. x stays in shared memory.
 #include "dispatch.h"
 #include "streamed_dense.cuh"
+#include "streamed_planes.cuh"
 #include "streamed_sums.cuh"
 #include "streamed_tables.cuh"
 
@@ -19,9 +20,9 @@ namespace {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 // All copies, for all tiles of the block: by one thread, whose addresses are thereby the same for its warp.
-template <class T, int kBits, int kBatch, int kWarps>
-__device__ void order_copies(Shared<T, kBits, kBatch, kWarps>& shared, unsigned char* ring, const CUtensorMap& weights,
-                             const Plan& plan, const Work& work) {
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
+__device__ void order_copies(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, unsigned char* ring,
+                             const CUtensorMap& weights, const Plan& plan, const Work& work) {
   using U = Unit<kBits>;
   Slot slot{0};
   int early = kEarlyStages;
@@ -43,8 +44,8 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps>& shared, unsigned 
   }
 }
 
-template <class T, int kBits, int kBatch, int kWarps>
-__device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call,
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
+__device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, const LinearCall& call,
                                     const Plan& plan) {
   using D = Duties<kWarps>;
   for (int i = 0; i < plan.ring; ++i) {
@@ -64,12 +65,12 @@ __device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps>& shared, co
   fence_barriers();
 }
 
-template <class T, int kBits, int kBatch, int kWarps>
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
 __device__ void run_block(unsigned char* memory, const LinearCall& call, const CUtensorMap& weights, const Plan& plan) {
   using D = Duties<kWarps>;
-  auto& shared = *reinterpret_cast<Shared<T, kBits, kBatch, kWarps>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<T, kBits, kBatch, kWarps, kPlanes>*>(memory);
   unsigned char* x = memory + sizeof(shared);
-  unsigned char* ring = memory + ring_offset(sizeof(shared) + kBatch * plan.x_stride);
+  unsigned char* ring = memory + ring_offset(sizeof(shared) + x_bytes<kBatch, kPlanes>(plan.x_stride));
   const Work work(call.weight.out_features);
   const int lane = threadIdx.x % kWarpLanes;
   // The shuffle tells the compiler that a warp's lanes agree on it.
@@ -77,7 +78,7 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
 
   // The longest way to the first products begins before the barriers are there.
   TablePart<T, kBits, D::kFillWarps> tables(call.weight, warp - kWarps, lane);
-  if (warp >= kWarps && warp < kWarps + D::kFillWarps) tables.load(work.tile(0));
+  if (!kPlanes && warp >= kWarps && warp < kWarps + D::kFillWarps) tables.load(work.tile(0));
   if (warp == D::kCopyWarp && lane == 0) prefetch_map(weights);
   if (threadIdx.x == 0) initialize_barriers(shared, call, plan);
   __syncthreads();
@@ -85,10 +86,20 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
   // only weights are read.
   allow_next_kernel();
   if (warp < kWarps) {
-    load_x<T, kBits, kWarps>(x, shared.x_full, call, plan);
-    multiply_dense(shared, ring, x, call, plan, work, warp, lane);
+    if constexpr (kPlanes) {
+      unsigned char* planes = x + plan.x_stride;
+      const FixedPoint fixed = load_planes(x, planes, shared, call, plan);
+      multiply_planes(shared, ring, planes, fixed, plan, work, warp, lane);
+    } else {
+      load_x<T, kBits, kWarps>(x, shared.x_full, call, plan);
+      multiply_dense(shared, ring, x, call, plan, work, warp, lane);
+    }
   } else if (warp < kWarps + D::kFillWarps) {
-    fill_tables(shared, tables, work, lane);
+    if constexpr (kPlanes) {
+      fill_factors(shared, call.weight, work, warp - kWarps, lane);
+    } else {
+      fill_tables(shared, tables, work, lane);
+    }
   } else if (warp < D::kCopyWarp) {
     sum_up(shared, call, x, plan, work, warp - kWarps - D::kFillWarps, lane);
   } else if (elect_lane()) {
@@ -98,12 +109,12 @@ __device__ void run_block(unsigned char* memory, const LinearCall& call, const C
 
 #endif
 
-template <class T, int kBits, int kBatch, int kWarps>
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
 __global__ void __launch_bounds__(Duties<kWarps>::kThreads, Duties<kWarps>::kBlocks)
     streamed_kernel(const LinearCall call, const __grid_constant__ CUtensorMap weights, const Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(1024) unsigned char memory[];
-  run_block<T, kBits, kBatch, kWarps>(memory, call, weights, plan);
+  run_block<T, kBits, kBatch, kWarps, kPlanes>(memory, call, weights, plan);
 #endif
 }
 
@@ -126,14 +137,14 @@ bool prefers_narrow(const LinearCall& call) {
 }
 
 // The ring is empty where x does not fit.
-template <class T, int kBits, int kBatch, int kWarps>
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
 Plan make_plan(const LinearCall& call) {
   using U = Unit<kBits>;
   Plan plan{};
   plan.stages = (call.weight.in_features + U::kStageWeights - 1) / U::kStageWeights;
   // Between columns of x: lest the lanes of a load meet in a bank.
   const int64_t x_stride = int64_t{plan.stages} * U::kStageWeights * 2 + (kBatch > 1 ? 128 / kBatch : 0);
-  const int64_t used = sizeof(Shared<T, kBits, kBatch, kWarps>) + kBatch * x_stride;
+  const int64_t used = sizeof(Shared<T, kBits, kBatch, kWarps, kPlanes>) + x_bytes<kBatch, kPlanes>(x_stride);
   const int64_t room = block_memory<kWarps>(call) - (used + 1023) / 1024 * 1024;
   if (room < 0) return plan;
   plan.x_stride = static_cast<int>(x_stride);
@@ -143,9 +154,9 @@ Plan make_plan(const LinearCall& call) {
   return plan;
 }
 
-template <class T, int kBits, int kBatch, int kWarps>
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
 cudaError_t launch(const LinearCall& call, const Plan& plan) {
-  const auto kernel = streamed_kernel<T, kBits, kBatch, kWarps>;
+  const auto kernel = streamed_kernel<T, kBits, kBatch, kWarps, kPlanes>;
   const int bytes = block_memory<kWarps>(call);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
@@ -172,15 +183,35 @@ cudaError_t launch(const LinearCall& call, const Plan& plan) {
   return cudaLaunchKernelEx(&config, kernel, call, weights, plan);
 }
 
+// Whether it was launched; not where x does not fit.
+template <class T, int kBits, int kBatch, bool kPlanes>
+bool launch_where_x_fits(const LinearCall& call, cudaError_t& error) {
+  if (prefers_narrow(call)) {
+    const Plan narrow = make_plan<T, kBits, kBatch, kNarrowBlock, kPlanes>(call);
+    if (narrow.ring >= kLeastRing) {
+      error = launch<T, kBits, kBatch, kNarrowBlock, kPlanes>(call, narrow);
+      return true;
+    }
+  }
+  const Plan wide = make_plan<T, kBits, kBatch, kWideBlock, kPlanes>(call);
+  if (wide.ring < kLeastRing) return false;
+  error = launch<T, kBits, kBatch, kWideBlock, kPlanes>(call, wide);
+  return true;
+}
+
+// Whether bits are counted (streamed_planes.cuh): not where few weights do not repay what x costs then.
+bool prefers_planes(const LinearCall& call) {
+  constexpr int64_t kLeastWeights = int64_t{24} << 20;  // estimated
+  return int64_t{call.weight.out_features} * call.weight.in_features >= kLeastWeights;
+}
+
 template <class T, int kBits, int kBatch>
 cudaError_t launch(const LinearCall& call) {
-  if (prefers_narrow(call)) {
-    const Plan narrow = make_plan<T, kBits, kBatch, kNarrowBlock>(call);
-    if (narrow.ring >= kLeastRing) return launch<T, kBits, kBatch, kNarrowBlock>(call, narrow);
+  cudaError_t error = cudaSuccess;
+  if constexpr (kBits == 2 && kBatch == 1) {
+    if (prefers_planes(call) && launch_where_x_fits<T, kBits, kBatch, true>(call, error)) return error;
   }
-  const Plan wide = make_plan<T, kBits, kBatch, kWideBlock>(call);
-  if (wide.ring >= kLeastRing) return launch<T, kBits, kBatch, kWideBlock>(call, wide);
-  return linear_small_batch(call);
+  return launch_where_x_fits<T, kBits, kBatch, false>(call, error) ? error : linear_small_batch(call);
 }
 
 template <class T, int kBits>
@@ -197,7 +228,7 @@ cudaError_t launch_batch(const LinearCall& call) {
 bool can_stream() {
   static const bool compiled = [] {
     cudaFuncAttributes attributes;
-    const auto kernel = streamed::streamed_kernel<__half, 4, 1, streamed::kWideBlock>;
+    const auto kernel = streamed::streamed_kernel<__half, 4, 1, streamed::kWideBlock, false>;
     return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
   }();
   return compiled;

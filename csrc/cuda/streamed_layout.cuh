@@ -66,6 +66,12 @@ struct Plan {
   int x_stride;  // bytes between columns of x in shared memory
 };
 
+// Of x in shared memory; streamed_planes.cuh keeps 4 bytes of a column more.
+template <int kBatch, bool kPlanes>
+__host__ __device__ constexpr int64_t x_bytes(int64_t x_stride) {
+  return x_stride * (kPlanes ? 3 : kBatch);
+}
+
 // Byte offset in the tables of an entry: that of row r holds the values of the indices e % 2^bits (low half) and
 // e / 2^bits, twice. The rows of the two buffers lie side by side.
 //
@@ -76,10 +82,20 @@ __host__ __device__ constexpr int table_offset(int buffer, int entry, int lane_r
   return entry * kEntryBytes + buffer * (kEntryBytes / 2) + lane_row * 8;
 }
 
-template <class T, int kBits, int kBatch, int kWarps>
-struct alignas(16) Shared {
+template <int kBits, int kBatch, int kWarps, bool kPlanes>
+struct Tables {
   unsigned char tables[Unit<kBits>::kPairs * kEntryBytes];  // of kTableBuffers tiles
-  float sums[kSumBuffers][kWarps + 1][kBatch][kRows];       // of the warps, and of the sparse part
+};
+// What stands in their place in streamed_planes.cuh.
+template <int kWarps>
+struct Tables<2, 1, kWarps, true> {
+  float4 factors[kTableBuffers][kRows];
+  uint32_t largest[kWarps];  // |x| of a warp's part, as bits
+};
+
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes = false>
+struct alignas(16) Shared : Tables<kBits, kBatch, kWarps, kPlanes> {
+  float sums[kSumBuffers][kWarps + 1][kBatch][kRows];  // of the warps, and of the sparse part
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
   uint64_t tables_full[kTableBuffers];

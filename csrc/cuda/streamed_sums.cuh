@@ -8,8 +8,8 @@ namespace squeezellm_hf::cuda::streamed {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 // Adds a tile's sums and writes y: by one warp.
-template <class T, int kBits, int kBatch, int kWarps>
-__device__ void finish_tile(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call, const Work& work,
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
+__device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, const LinearCall& call, const Work& work,
                             int count, int lane) {
   constexpr int kTurns = (kBatch * kRows + kWarpLanes - 1) / kWarpLanes;
   const LutWeight& weight = call.weight;
@@ -39,9 +39,9 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps>& shared, const Line
 }
 
 // The duties of a summing warp, for all tiles of the block: the sparse part a tile ahead of the sums.
-template <class T, int kBits, int kBatch, int kWarps>
-__device__ void sum_up(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call, const unsigned char* x,
-                       const Plan& plan, const Work& work, int warp, int lane) {
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
+__device__ void sum_up(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, const LinearCall& call,
+                       const unsigned char* x, const Plan& plan, const Work& work, int warp, int lane) {
   constexpr int kSumWarps = Duties<kWarps>::kSumWarps;
   const bool has_sparse = call.weight.crow_indices != nullptr;
   SparsePart<T, kBatch, kSumWarps> sparse{call, x, plan.x_stride, warp, lane};
@@ -67,7 +67,7 @@ __device__ void sum_up(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCal
   for (int count = 0; count < work.tiles; ++count) {
     multiply_sparse(count + 1);
     // Always the same warp for a buffer, in order: no parity is taken for that of another phase.
-    if (count % kSumWarps == warp) finish_tile<T, kBits, kBatch, kWarps>(shared, call, work, count, lane);
+    if (count % kSumWarps == warp) finish_tile(shared, call, work, count, lane);
   }
 }
 

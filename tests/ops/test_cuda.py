@@ -147,6 +147,25 @@ def test_larger_batches_of_many_rows(bits: int, rows: int, dtype: str) -> None:
         assert_close(y, x[:batch], as_multiplied(weight, batch, dtype), bias.double().numpy())
 
 
+@pytest.mark.parametrize("density", [0.0, 0.005])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_activation_of_many_2_bit_weights(dtype: str, density: float) -> None:
+    """From 24 M weights on, compute capability 9.0 counts bits of weights and of x."""
+    for shape in ((8200, 3128), (6150, 4096), (880, 28672)):
+        weight = make_weight(*shape, 2, density=density, empty_rows=True, table_dtype=dtype)
+        x = make_x(1, shape[1], dtype)
+        outlier = x.clone()
+        outlier[0, 77] = -3000
+        tensors = on_gpu(weight)
+        for values in (x, outlier, torch.zeros_like(x), x * 2.0**-10):
+            y = linear(values, weight)
+            assert_close(y, values, weight)
+            again = [ops.lut_linear(values.cuda(), **tensors, bits=2).cpu() for _ in range(20)]
+            assert all(torch.equal(y, other) for other in again)
+        outlier[0, 77] = float("nan")
+        assert linear(outlier, weight).isnan().all()
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     out_features=st.integers(1, 400),
@@ -319,8 +338,10 @@ def test_results_are_bit_identical(batch: int, density: float) -> None:
 @pytest.mark.parametrize("bits", FUSED_BITS)
 def test_thousands_of_calls_one_behind_the_other(bits: int, batch: int, density: float) -> None:
     """Blocks that go through many short tiles, at whatever pace: as calls follow in a graph."""
-    made = make_weight(14336, 1024, bits, density=density)
-    weight, x = on_gpu(made), make_x(batch, 1024, "fp16")
+    # Of 2 bits enough for one activation to be multiplied by counting bits.
+    columns = 2048 if bits == 2 and batch == 1 else 1024
+    made = make_weight(14336, columns, bits, density=density)
+    weight, x = on_gpu(made), make_x(batch, columns, "fp16")
     on_device = x.cuda()
     expected = ops.lut_linear(on_device, **weight, bits=bits)
     assert_close(expected.cpu(), x, as_multiplied(made, batch, "fp16"))
