@@ -199,10 +199,16 @@ bool launch_where_x_fits(const LinearCall& call, cudaError_t& error) {
   return true;
 }
 
-// Whether bits are counted (streamed_planes.cuh): not where few weights do not repay what x costs then.
+// Whether bits are counted (streamed_planes.cuh): not where few weights do not repay what x costs then, nor on devices
+// beyond compute capability 9, to which a product of bits is eight products.
 bool prefers_planes(const LinearCall& call) {
   constexpr int64_t kLeastWeights = int64_t{24} << 20;  // estimated
-  return int64_t{call.weight.out_features} * call.weight.in_features >= kLeastWeights;
+  static const bool native = [] {
+    cudaFuncAttributes attributes;
+    const auto kernel = streamed_kernel<__half, 2, 1, kWideBlock, true>;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.binaryVersion == 90;
+  }();
+  return native && int64_t{call.weight.out_features} * call.weight.in_features >= kLeastWeights;
 }
 
 template <class T, int kBits, int kBatch>
