@@ -2,7 +2,8 @@
 //
 // One block a multiprocessor, or two smaller ones, whose warps have duties of their own:
 //  - most turn indices into values and multiply, a unit of the columns of 16 rows at a time (streamed_dense.cuh).
-//    Two neighbouring indices select one 32-bit entry of a table of all pairs of the row's values;
+//    Two neighbouring indices select one 32-bit entry of a table of all pairs of the row's values. Of many 2-bit
+//    weights and one activation, bits are counted instead (streamed_planes.cuh);
 //  - some fill the next tile's tables (streamed_tables.cuh);
 //  - one or two multiply the sparse part, add the warps' sums and write y (streamed_sums.cuh, streamed_sparse.cuh);
 //  - one thread orders copies of packed rows into a ring of stages.
