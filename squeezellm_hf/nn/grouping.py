@@ -13,7 +13,7 @@ Environment:
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,30 +56,25 @@ class GroupLinears(CustomGraphPass):
         self._suits = suits
 
     def __call__(self, graph: Graph) -> None:
-        for group in self._groups(graph):
-            _replace(graph, group)
+        position = {node: index for index, node in enumerate(graph.nodes)}
+        for group in self._groups(graph, position):
+            _replace(graph, group, position)
 
     def uuid(self) -> Any:
         """What Inductor's caches know the pass by; None: compiled graphs are not cached."""
         return get_hash_for_files((__file__,)) if self._suits is is_one_launch else None
 
-    def _groups(self, graph: Graph) -> list[list[Node]]:
+    def _groups(self, graph: Graph, position: Mapping[Node, int]) -> list[list[Node]]:
         groups: list[list[Node]] = []
         latest: dict[tuple[Node, int], list[Node]] = {}
-        position: dict[Node, int] = {}
-        for index, node in enumerate(graph.nodes):
-            position[node] = index
+        for node in graph.nodes:
             if _may_write(node):
                 latest.clear()
             if not self._is_candidate(node):
                 continue
             x, bits = node.args[0], node.args[-1]
             group = latest.get((x, bits))
-            if (
-                group is None
-                or len(group) == MOST
-                or any(position[needed] > position[group[0]] for needed in node.all_input_nodes)
-            ):
+            if group is None or len(group) == MOST or _needs_later(node, group[0], position):
                 group = latest[x, bits] = []
                 groups.append(group)
             group.append(node)
@@ -107,8 +102,21 @@ def _may_write(node: Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def _replace(graph: Graph, group: list[Node]) -> None:
+def _needs_later(node: Node, place: Node, position: Mapping[Node, int]) -> bool:
+    """Whether the node needs what is computed behind ``place``; constants may be taken earlier."""
+    return any(
+        position[needed] > position[place] and needed.op != "get_attr"
+        for needed in node.all_input_nodes
+    )
+
+
+def _replace(graph: Graph, group: list[Node], position: dict[Node, int]) -> None:
     first = group[0]
+    for node in group[1:]:
+        for needed in node.all_input_nodes:
+            if position.get(needed, -1) > position[first]:  # a constant
+                first.prepend(needed)
+                position[needed] = position[first]  # not to be moved again, behind its use here
     with graph.inserting_before(first):
         call = graph.call_function(_GROUP, _together([node.args for node in group]))
         results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(group))]

@@ -109,9 +109,7 @@ def _warn_if_old(key: str) -> None:
     if key == "CUDA":  # elsewhere a group is one call after the other
         names.append(LUT_LINEAR_GROUP)
     missing = [
-        name
-        for name in names
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     ]
     if missing:
         warnings.warn(

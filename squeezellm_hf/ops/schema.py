@@ -4,8 +4,8 @@
 Python is asked at every call, for 3.4 us, whether or not anything requires a gradient;
 :func:`squeezellm_hf.ops.lut_linear` takes the one or the other.
 
-``lut_linear_group`` is several calls of ``lut_linear_no_grad`` with the same x, one weight each, and
-gives what they would give. Of its lists each has an entry a weight, None where that has none.
+``lut_linear_group`` is several calls of ``lut_linear_no_grad`` with the same x, one weight each. Of
+its lists each has an entry a weight, None where that has none.
 """
 
 import torch
