@@ -34,7 +34,7 @@ def group(x: Tensor, weights: list[dict[str, Tensor]], bits: int) -> list[Tensor
 def test_a_group_of_few_rows_is_bit_identical_to_its_calls(
     bits: int, dtype: str, density: float
 ) -> None:
-    """Few enough for one large block a multiprocessor, alone and together."""
+    """Few enough for a block a tile, alone and together: each tile is the first of its block."""
     for rows, columns in (((33, 16), 512), ((1, 77, 130), 1536), ((64, 16, 16, 5), 8192)):
         made = [
             make_weight(
