@@ -37,8 +37,7 @@ def kernels(generation: Generation, tokens: int) -> tuple[Counter[str], Counter[
 def report(name: str, weights: str, layers: int | None, rows: int, grouped: bool) -> None:
     """Print the kernels of a decoding step that take longest."""
     model = build(name, weights, layers, "cuda")
-    if not grouped:
-        grouping.remove()
+    (grouping.enable if grouped else grouping.disable)()
     generation = Generation(model, PROMPT, compiled=True)
     for tokens in (LONG, SHORT, LONG):
         generation.run(tokens)

@@ -8,7 +8,7 @@ Inductor runs :class:`GroupLinears` as ``torch._inductor.config.post_grad_custom
 hook for passes of others. There is one, which is left alone where it is taken.
 
 Environment:
-    SQUEEZELLM_HF_GROUP_LINEARS: ``0``: :func:`install` does nothing.
+    SQUEEZELLM_HF_GROUP_LINEARS: ``0``: the pass is not installed.
 """
 
 import operator
@@ -138,19 +138,30 @@ def _together(calls: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
 
 
 _PASS = GroupLinears()
+_disabled = False
 
 
 def install() -> None:
     """Have what this thread compiles from now on group its layers, where CUDA kernels are loaded.
 
-    torch 2.13 keeps Inductor's settings by thread. Does nothing where there is a pass already.
+    torch 2.13 keeps Inductor's settings by thread. Does nothing where there is a pass already, or
+    after :func:`disable`.
     """
-    wanted = os.environ.get("SQUEEZELLM_HF_GROUP_LINEARS", "1") != "0"
+    wanted = not _disabled and os.environ.get("SQUEEZELLM_HF_GROUP_LINEARS", "1") != "0"
     if wanted and native.status().cuda_loaded and config.post_grad_custom_pre_pass is None:
         config.post_grad_custom_pre_pass = _PASS
 
 
-def remove() -> None:
-    """Undo :func:`install` for what this thread compiles from now on."""
+def disable() -> None:
+    """Undo :func:`install` in this thread; it does nothing any more, until :func:`enable`."""
+    global _disabled
+    _disabled = True
     if config.post_grad_custom_pre_pass is _PASS:
         config.post_grad_custom_pre_pass = None
+
+
+def enable() -> None:
+    """:func:`install`, and undo :func:`disable`."""
+    global _disabled
+    _disabled = False
+    install()

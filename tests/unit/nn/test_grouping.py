@@ -201,12 +201,17 @@ def test_it_is_installed_where_there_are_cuda_kernels(monkeypatch: pytest.Monkey
     grouping.install()
     assert isinstance(config.post_grad_custom_pre_pass, grouping.GroupLinears)
     assert config.post_grad_custom_pre_pass.uuid() is not None
-    grouping.remove()
+    grouping.disable()
     assert config.post_grad_custom_pre_pass is None
+    grouping.install()
+    assert config.post_grad_custom_pre_pass is None
+    grouping.enable()
+    assert isinstance(config.post_grad_custom_pre_pass, grouping.GroupLinears)
 
     other = Recorded()
     with config.patch(post_grad_custom_pre_pass=other):
         grouping.install()
         assert config.post_grad_custom_pre_pass is other
-        grouping.remove()
+        grouping.disable()
         assert config.post_grad_custom_pre_pass is other
+        grouping.enable()
