@@ -56,6 +56,12 @@ struct alignas(1024) PairShared {
 };
 
 constexpr int kPermuteThreads = 128;
+// Blocks of a multiprocessor: few enough registers that they find room beside other kernels.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kPermuteBlocks = 1;  // does nothing there
+#else
+constexpr int kPermuteBlocks = 16;
+#endif
 
 #ifdef SQUEEZELLM_HF_WGMMA
 
@@ -103,7 +109,7 @@ __device__ __forceinline__ void transpose_piece(const uint16_t* x, uint16_t* tra
 #endif
 
 template <bool kTransposed>
-__global__ void __launch_bounds__(kPermuteThreads, 16)
+__global__ void __launch_bounds__(kPermuteThreads, kPermuteBlocks)
     permute_activations_kernel(const uint16_t* x, uint16_t* permuted, int permuted_pieces, uint16_t* transposed,
                                int pieces, int batch, int lines, int in_features, int columns) {
 #ifdef SQUEEZELLM_HF_WGMMA
