@@ -85,16 +85,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 template <class Tile>
 cudaError_t launch(const LinearCall& call, const DensePlan& plan) {
-  CUtensorMap packed_map;
-  CUtensorMap x_map;
-  cudaError_t error = make_packed_map<Tile::kBits>(call.weight, kRows, packed_map);
-  if (error != cudaSuccess) return error;
-  error = make_x_map(call, Tile::kBatch, x_map);
+  InputMaps maps;
+  const cudaError_t error = make_input_maps<Tile::kBits>(call, kRows, Tile::kBatch, maps);
   if (error != cudaSuccess) return error;
   const int batch_tiles = divide_up(call.batch, Tile::kBatch);
   const int row_tiles = divide_up(call.weight.out_features, kRows);
   return launch_clusters(warpgroup_dense_kernel<Tile>, row_tiles * batch_tiles, plan.slices, Tile::kThreads,
-                         sizeof(DenseRing<Tile>), call.stream, packed_map, x_map, call, plan.slice_stages, batch_tiles);
+                         sizeof(DenseRing<Tile>), call.stream, maps.packed, maps.x, call, plan.slice_stages,
+                         batch_tiles);
 }
 
 template <class T, int kBits>

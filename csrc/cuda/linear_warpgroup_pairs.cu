@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, PairS
 
 // Adds the warpgroups' sums, [group][batch][row], in the first one's place, and after them those of the sparse part's
 // rows.
-template <class Tile>
+template <class Tile, bool kSparse>
 __device__ __forceinline__ void add_groups(float* sums, RowRange sparse_rows) {
   constexpr int kLineQuads = Tile::kSumStride / 4;
   constexpr int kQuads = Tile::kBatch * kLineQuads;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void add_groups(float* sums, RowRange sparse_rows) {
       const float4 v = quads[group * kQuads + i];
       sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
-    if (sparse_rows.has(i % kLineQuads * 4)) {
+    if (kSparse && sparse_rows.has(i % kLineQuads * 4)) {
       const float4 v = quads[Tile::kGroups * kQuads + i];
       sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
@@ -118,7 +118,7 @@ __device__ __forceinline__ void add_groups(float* sums, RowRange sparse_rows) {
   }
 }
 
-template <class Tile>
+template <class Tile, bool kSparse>
 __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const LinearCall& call,
                                          PairShared<Tile>& shared, int first_row, int first_batch, int first_stage,
                                          int stages) {
@@ -133,15 +133,14 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
   const WarpIndices<Tile> indices(packed_map, shared, first_row + warp * Tile::kWarpRows, first_stage);
   for (int i = 0; i < Tile::kPackedSlots; ++i)
     if (group + i * Tile::kGroups < stages) indices.request(group + i * Tile::kGroups, i);
-  const bool has_sparse_part = call.weight.crow_indices != nullptr;
   // Asked for before the tables' values, and not touched before those are there.
   const int tile_row = static_cast<int>(threadIdx.x);
   int pointer = 0;
-  if (has_sparse_part && tile_row <= Tile::kTileRows) pointer = row_pointer(call.weight, first_row + tile_row);
+  if (kSparse && tile_row <= Tile::kTileRows) pointer = row_pointer(call.weight, first_row + tile_row);
   fill_pair_tables<typename Tile::T, Tile::kBits, Tile::kTileRows, Tile::kProductThreads / Tile::kTileRows>(
       shared.tables, call.weight, first_row, threadIdx.x);
   static_assert(Tile::kTileRows < Tile::kProductThreads);
-  if (tile_row <= Tile::kTileRows) shared.row_pointers[tile_row] = pointer;
+  if (kSparse && tile_row <= Tile::kTileRows) shared.row_pointers[tile_row] = pointer;
   synchronize(1, Tile::kProductThreads);
   wait_for_last_kernel();
   typename Tile::Sums sums = {};
@@ -161,7 +160,7 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
           own[(n * 8 + lane % 4 * 2 + k % 2) * Tile::kSumStride + i * 16 + k / 2 * 8] = sums[i][n][k];
   };
   RowRange sparse_rows = {0, 0};
-  if (has_sparse_part) {
+  if constexpr (kSparse) {
     sparse_rows = sparse_share<Tile>();
     SparseRows<Tile> sparse(call, shared, sparse_rows, first_batch);
     sparse.load_first();
@@ -171,7 +170,7 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
     store_group();
   }
   synchronize(1, Tile::kProductThreads);
-  add_groups<Tile>(block_sums, sparse_rows);
+  add_groups<Tile, kSparse>(block_sums, sparse_rows);
   if (cluster_size() == 1) {
     synchronize(1, Tile::kProductThreads);
     add_slices<Tile, Tile::kTileRows>(call, block_sums, first_row, first_batch);
@@ -184,7 +183,7 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
 
 #endif
 
-template <class Tile>
+template <class Tile, bool kSparse>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     warpgroup_pairs_kernel(const __grid_constant__ CUtensorMap packed_map, const __grid_constant__ CUtensorMap x_map,
                            const __grid_constant__ LinearCall call, int slice_stages, int batch_tiles) {
@@ -212,14 +211,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
 
   if (threadIdx.x < Tile::kProductThreads) {
-    multiply(packed_map, call, shared, first_row, first_batch, first_stage, slice_stages);
+    multiply<Tile, kSparse>(packed_map, call, shared, first_row, first_batch, first_stage, slice_stages);
   } else {
     give_up_registers<kCopyRegisters>();
     if (threadIdx.x == Tile::kProductThreads) {
       wait_for_last_kernel();
       request_activations(x_map, shared, first_batch, first_stage * kStageColumns, slice_stages);
     }
-    if (call.weight.crow_indices != nullptr) {
+    if constexpr (kSparse) {
       // Late: earlier, the weight's way through the L2 cache might drive the entries out again.
       __syncwarp();
       synchronize(2, kGroupThreads);
@@ -249,9 +248,10 @@ cudaError_t launch(const LinearCall& call, const PairPlan& plan) {
   if (error != cudaSuccess) return error;
   const int batch_tiles = divide_up(call.batch, Tile::kBatch);
   const int row_tiles = divide_up(call.weight.out_features, Tile::kTileRows);
-  return launch_clusters(warpgroup_pairs_kernel<Tile>, row_tiles * batch_tiles, plan.slices, Tile::kThreads,
-                         sizeof(PairShared<Tile>), call.stream, packed_map, x_map, call, plan.slice_stages,
-                         batch_tiles);
+  const auto kernel =
+      call.weight.crow_indices == nullptr ? warpgroup_pairs_kernel<Tile, false> : warpgroup_pairs_kernel<Tile, true>;
+  return launch_clusters(kernel, row_tiles * batch_tiles, plan.slices, Tile::kThreads, sizeof(PairShared<Tile>),
+                         call.stream, packed_map, x_map, call, plan.slice_stages, batch_tiles);
 }
 
 // What a block takes, in nanoseconds: for tables, first loads and the sums' way to y, and for each stage. Measured on

@@ -109,31 +109,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 }
 
 cudaError_t clear_flags(const LinearCall& call, int parts) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(1);
-  config.blockDim = dim3(kWarpLanes);
-  config.stream = call.stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, clear_flags_kernel, static_cast<uint4*>(call.parts),
-                            static_cast<int>(flag_bytes(parts) / sizeof(uint4)));
+  return launch_clusters(clear_flags_kernel, 1, 1, kWarpLanes, 0, call.stream, static_cast<uint4*>(call.parts),
+                         static_cast<int>(flag_bytes(parts) / sizeof(uint4)));
 }
 
 template <class Tile>
 cudaError_t launch_persistent(const LinearCall& call, const Schedule& schedule) {
-  CUtensorMap packed_map;
-  CUtensorMap x_map;
-  cudaError_t error = make_packed_map<Tile::kBits>(call.weight, kRows, packed_map);
-  if (error != cudaSuccess) return error;
-  error = make_x_map(call, Tile::kBatch, x_map);
+  InputMaps maps;
+  cudaError_t error = make_input_maps<Tile::kBits>(call, kRows, Tile::kBatch, maps);
   if (error != cudaSuccess) return error;
   if (schedule.parts() > 0) error = clear_flags(call, schedule.parts());
   if (error != cudaSuccess) return error;
   return launch_clusters(persistent_kernel<Tile>, schedule.blocks, 1, Tile::kThreads, sizeof(PersistentShared<Tile>),
-                         call.stream, packed_map, x_map, call, schedule);
+                         call.stream, maps.packed, maps.x, call, schedule);
 }
 
 }  // namespace

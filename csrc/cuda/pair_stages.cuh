@@ -56,6 +56,12 @@ struct alignas(1024) PairShared {
 };
 
 constexpr int kPermuteThreads = 128;
+// Blocks of a multiprocessor: few enough registers that they find room beside other kernels.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kPermuteBlocks = 1;  // does nothing there
+#else
+constexpr int kPermuteBlocks = 16;
+#endif
 
 #ifdef SQUEEZELLM_HF_WGMMA
 
@@ -102,14 +108,15 @@ __device__ __forceinline__ void transpose_piece(const uint16_t* x, uint16_t* tra
 
 #endif
 
-__global__ void __launch_bounds__(kPermuteThreads, 16)
+template <bool kTransposed>
+__global__ void __launch_bounds__(kPermuteThreads, kPermuteBlocks)
     permute_activations_kernel(const uint16_t* x, uint16_t* permuted, int permuted_pieces, uint16_t* transposed,
                                int pieces, int batch, int lines, int in_features, int columns) {
 #ifdef SQUEEZELLM_HF_WGMMA
   allow_next_kernel();
   wait_for_previous_kernel();
   for (int piece = blockIdx.x * blockDim.x + threadIdx.x; piece < pieces; piece += gridDim.x * blockDim.x) {
-    if (piece < permuted_pieces) {
+    if (!kTransposed || piece < permuted_pieces) {
       permute_piece(x, permuted, piece, in_features, columns);
     } else {
       transpose_piece(x, transposed, piece - permuted_pieces, batch, lines, in_features);
@@ -128,8 +135,10 @@ inline cudaError_t permute_activations(const LinearCall& call) {
   // blocks; with more than two to do, it is too slow.
   const int blocks = divide_up(pieces, kPermuteThreads);
   const int launched = blocks <= 2 * call.multiprocessors ? std::min(blocks, call.multiprocessors) : blocks;
-  return launch_clusters(permute_activations_kernel, launched, 1, kPermuteThreads, 0, call.stream,
-                         static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.permuted_x), permuted_pieces,
+  const auto kernel =
+      call.transposed_x == nullptr ? permute_activations_kernel<false> : permute_activations_kernel<true>;
+  return launch_clusters(kernel, launched, 1, kPermuteThreads, 0, call.stream, static_cast<const uint16_t*>(call.x),
+                         static_cast<uint16_t*>(call.permuted_x), permuted_pieces,
                          static_cast<uint16_t*>(call.transposed_x), pieces, call.batch, lines, call.weight.in_features,
                          columns);
 }

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "streamed_dense.cuh"
+#include "streamed_weights.cuh"
 
 namespace squeezellm_hf::cuda::streamed {
 
@@ -159,21 +160,24 @@ __device__ FixedPoint load_planes(unsigned char* x, unsigned char* planes, Share
 }
 
 // The factors k of a tile's rows, by the filling warps.
-template <class T, int kWarps>
-__device__ void fill_factors(Shared<T, 2, 1, kWarps, true>& shared, const LutWeight& weight, const Work& work, int warp,
+template <class T, int kWarps, class Weights>
+__device__ void fill_factors(Shared<T, 2, 1, kWarps, true>& shared, Weights weights, const Work& work, int warp,
                              int lane) {
+  const DType table_dtype = weights.call.weight.table_dtype;
   uint32_t bits[4];
-  const auto load = [&](int tile) {
-    const int row = min(tile * kRows + lane % kRows, weight.out_features - 1);
+  const auto load = [&](int number) {
+    const Tile tile = weights.tile(number);
+    const LutWeight& weight = weights.weight(tile.weight);
+    const int row = min(tile.row + lane % kRows, weight.out_features - 1);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) bits[i] = load_bits(weight.lookup_table, weight.table_dtype, int64_t{row} * 4 + i);
+    for (int i = 0; i < 4; ++i) bits[i] = load_bits(weight.lookup_table, table_dtype, int64_t{row} * 4 + i);
   };
   load(work.tile(0));
   for (int count = 0; count < work.tiles; ++count) {
     const int buffer = count % kTableBuffers;
     float values[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = to_float(from_float<T>(float_of_bits(bits[i], weight.table_dtype)));
+    for (int i = 0; i < 4; ++i) values[i] = to_float(from_float<T>(float_of_bits(bits[i], table_dtype)));
     const float p = values[1] - values[0];
     const float q = values[2] - values[0];
     wait(shared.tables_empty[buffer], (count / kTableBuffers & 1) ^ 1);

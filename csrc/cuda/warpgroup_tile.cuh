@@ -39,6 +39,18 @@ inline cudaError_t make_x_map(const LinearCall& call, uint32_t lines, CUtensorMa
                          map);
 }
 
+// Both, of `rows` rows and of `lines` lines a tile.
+struct InputMaps {
+  CUtensorMap packed;
+  CUtensorMap x;
+};
+
+template <int kBits>
+cudaError_t make_input_maps(const LinearCall& call, uint32_t rows, uint32_t lines, InputMaps& maps) {
+  const cudaError_t error = make_packed_map<kBits>(call.weight, rows, maps.packed);
+  return error != cudaSuccess ? error : make_x_map(call, lines, maps.x);
+}
+
 // Blocks that the device holds at a time in clusters of `slices`, given what 132 multiprocessors (of an H100 or
 // H200) hold: the groups in which these are made hold whole clusters only.
 inline int held_blocks(const LinearCall& call, int slices, const int (&held)[kMostSlices + 1]) {

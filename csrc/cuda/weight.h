@@ -62,6 +62,11 @@ cudaError_t linear_small_batch(const LinearCall& call);
 cudaError_t linear_streamed(const LinearCall& call);
 // Whether this library was compiled for compute capability 9.0; asked on such a device.
 bool can_stream();
+// The same for 2 to kMostGrouped calls of one x in one launch; only where can_stream() and can_stream_group(). No
+// out_features may be 0.
+cudaError_t linear_streamed_group(const LinearCall* calls, int count);
+// Whether they suit it: batch 1, alike in all but out_features, and with a sparse part all or none.
+bool can_stream_group(const LinearCall* calls, int count);
 // Any batch, to be followed by finish_linear; only where is_aligned(call).
 cudaError_t linear_tensor_core(const LinearCall& call);
 // Adds the workspace's slices, the sparse part and the bias.
@@ -78,6 +83,7 @@ bool has_warpgroup_kernel();
 
 constexpr int kSmallBatch = 8;
 constexpr int kPairsBatch = 64;
+constexpr int kMostGrouped = 4;  // weights that share a launch
 
 // Into how many slices of the columns linear_tensor_core divides the work.
 int64_t linear_slices(const LinearCall& call);

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -47,19 +48,16 @@ def measure_probes(
         run: keeps what was measured.
         progress: show a progress bar.
     """
+
+    def measure(changes: Plan) -> float:
+        with _Quantized(linears, *statistics()) as quantized:
+            quantized.change(changes)
+            return reference.divergence(model)
+
     measured = []
     for name, parameters in tqdm(probes, desc="Probing", unit="layer", disable=not progress):
-        key = parameters, _hash(reference)
-        kept = run.load_layer(name, key, "divergence") if run else None
-        if kept is None:
-            fisher, hessians = statistics()
-            with _Quantized(linears, fisher, hessians) as quantized:
-                quantized.change({name: parameters})
-                kl = reference.divergence(model)
-            kept = {"divergence": torch.tensor(kl, dtype=torch.float64)}
-            if run is not None:
-                run.save_layer(name, key, kept, "divergence")
-        measured.append(float(kept["divergence"]))
+        probe = partial(measure, {name: parameters})
+        measured.append(_measured_once(run, name, parameters, reference, probe))
     return measured
 
 
@@ -77,24 +75,33 @@ def measure_together(
 
     Arguments as for :func:`measure_probes`. The original weights wait in CPU memory meanwhile.
     """
-    key = list(plan.items()), _hash(reference)
-    kept = run.load_layer("all", key, "divergence") if run else None
-    if kept is None:
-        fisher, hessians = statistics()
+
+    def measure() -> float:
         title = {"desc": "Trial", "unit": "layer", "disable": not progress, "total": len(plan)}
-        with _Quantized(linears, fisher, hessians) as quantized, tqdm(**title) as bar:
+        with _Quantized(linears, *statistics()) as quantized, tqdm(**title) as bar:
             for part in parts_of(plan, plan, linears):
                 quantized.change({name: plan[name] for name in part})
                 bar.update(len(part))
-            kl = reference.divergence(model)
-        kept = {"divergence": torch.tensor(kl, dtype=torch.float64)}
+            return reference.divergence(model)
+
+    return _measured_once(run, "all", list(plan.items()), reference, measure)
+
+
+def _measured_once(
+    run: WorkDir | None,
+    name: str,
+    parameters: Any,
+    reference: ReferenceLogits,
+    measure: Callable[[], float],
+) -> float:
+    """What ``measure`` gives, or gave in an earlier run with the same parameters and sequences."""
+    key = parameters, hashlib.sha256(reference.sequences.numpy().tobytes()).hexdigest()
+    kept = run.load_layer(name, key, "divergence") if run else None
+    if kept is None:
+        kept = {"divergence": torch.tensor(measure(), dtype=torch.float64)}
         if run is not None:
-            run.save_layer("all", key, kept, "divergence")
+            run.save_layer(name, key, kept, "divergence")
     return float(kept["divergence"])
-
-
-def _hash(reference: ReferenceLogits) -> str:
-    return hashlib.sha256(reference.sequences.numpy().tobytes()).hexdigest()
 
 
 class _Quantized:

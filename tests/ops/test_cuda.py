@@ -355,35 +355,24 @@ def test_thousands_of_calls_one_behind_the_other(bits: int, batch: int, density:
         assert all(torch.equal(y, expected) for y in outputs)
 
 
-@pytest.mark.parametrize("batch", [100, 500])
-def test_shared_tiles_one_behind_the_other(batch: int) -> None:
-    """What blocks leave for others lies in memory that calls in a graph take in turn."""
-    weight = on_gpu(make_weight(11000, 2048, 4))
-    xs = [make_x(batch, 2048, "bf16", seed).cuda() for seed in range(3)]
-    expected = [ops.lut_linear(x, **weight, bits=4) for x in xs]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [ops.lut_linear(xs[i % 3], **weight, bits=4) for i in range(30)]
-    for _ in range(40):
-        for y in outputs:
-            y.fill_(float("nan"))
-        graph.replay()
-        assert all(torch.equal(y, expected[i % 3]) for i, y in enumerate(outputs))
-
-
-@pytest.mark.parametrize("density", [0.0, 0.005])
-@pytest.mark.parametrize("batch", [12, 24, 40])
-def test_calls_one_behind_the_other_have_activations_of_their_own(
-    batch: int, density: float
+@pytest.mark.parametrize(
+    ("shape", "density", "batch"),
+    [((4096, 1024), density, batch) for density in (0.0, 0.005) for batch in (12, 24, 40)]
+    + [((11000, 2048), 0.0, batch) for batch in (100, 500)],
+)
+def test_calls_one_behind_the_other_have_memory_of_their_own(
+    shape: tuple[int, int], density: float, batch: int
 ) -> None:
-    """Calls in a graph take the same memory in turn for copies of x."""
-    weight = on_gpu(make_weight(4096, 1024, 4, density=density))
-    xs = [make_x(batch, 1024, "bf16", seed).cuda() for seed in range(3)]
+    """Calls in a graph take the same memory in turn: for copies of x, and sums for other blocks."""
+    weight = on_gpu(make_weight(*shape, 4, density=density))
+    xs = [make_x(batch, shape[1], "bf16", seed).cuda() for seed in range(3)]
     expected = [ops.lut_linear(x, **weight, bits=4) for x in xs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [ops.lut_linear(xs[i % 3], **weight, bits=4) for i in range(60)]
-    for _ in range(20):
+    for _ in range(40):
+        for y in outputs:
+            y.fill_(float("nan"))
         graph.replay()
         assert all(torch.equal(y, expected[i % 3]) for i, y in enumerate(outputs))
 
