@@ -69,9 +69,7 @@ def test_groups_of_many_rows(bits: int, density: float) -> None:
 def test_groups_of_two_bits_that_are_counted(density: float) -> None:
     """24 M weights or more: by counting bits, though each alone would be looked up."""
     for rows in ((5000, 2001), (3100, 3100, 17)):
-        made = [
-            make_weight(n, 4096, 2, density=density, table_dtype="fp16", seed=n) for n in rows
-        ]
+        made = [make_weight(n, 4096, 2, density=density, table_dtype="fp16", seed=n) for n in rows]
         x = make_x(1, 4096, "fp16")
         weights = [on_gpu(weight) for weight in made]
         results = group(x.cuda(), weights, 2)
