@@ -93,7 +93,9 @@ bool fits(const LinearCall& call) {
 bool suits_pairs(const LinearCall& call, bool warpgroups) {
   constexpr int kStreamed = 4;
   constexpr int kMany = 8192;
-  if (!warpgroups || call.batch > kPairsBatch || call.batch <= kStreamed || !is_aligned(call)) return false;
+  constexpr int kLongest = 20480;  // more columns, of three or four activations, do not fit beside its tables
+  if (!warpgroups || call.batch > kPairsBatch || !is_aligned(call)) return false;
+  if (call.batch <= kStreamed) return call.batch > 2 && call.weight.in_features > kLongest;
   if (call.batch > kSmallBatch || call.weight.crow_indices == nullptr) return true;
   return call.weight.in_features > kMany || call.weight.out_features > kMany;
 }
