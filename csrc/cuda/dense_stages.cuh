@@ -74,7 +74,7 @@ __device__ __forceinline__ void request_packed(const CUtensorMap& map, DenseRing
                                                int stage) {
   constexpr uint32_t kBytes = sizeof(ring.slots[0].x) + sizeof(ring.slots[0].packed);
   arrive_expecting(ring.ready[slot], kBytes);
-  copy_tile(ring.slots[slot].packed, map, stage * (kPackedRowBytes<Tile::kBits> / 4), row, ring.ready[slot]);
+  copy_tile_once(ring.slots[slot].packed, map, stage * (kPackedRowBytes<Tile::kBits> / 4), row, ring.ready[slot]);
 }
 
 template <class Tile>

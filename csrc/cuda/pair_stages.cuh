@@ -196,8 +196,8 @@ class WarpIndices {
     if (!elect_lane()) return;
     uint64_t& ready = shared_.packed_ready[warp_][slot];
     arrive_expecting(ready, sizeof(shared_.packed[0][0]));
-    copy_tile(shared_.packed[warp_][slot], map_, (first_stage_ + stage) * (kPackedRowBytes<Tile::kBits> / 4), row_,
-              ready);
+    copy_tile_once(shared_.packed[warp_][slot], map_, (first_stage_ + stage) * (kPackedRowBytes<Tile::kBits> / 4), row_,
+                   ready);
   }
 
   // The 32 columns of lane % 4 of the lane's rows in the order of PairTable.

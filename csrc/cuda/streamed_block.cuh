@@ -10,30 +10,11 @@ namespace squeezellm_hf::cuda::streamed {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// What L2 gives up first. Each weight is read once, by one block: it is not to displace what the next kernels need, their
-// instructions foremost.
-__device__ __forceinline__ uint64_t first_to_go() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// copy_tile() with such a policy for what it reads.
-__device__ __forceinline__ void copy_tile(void* target, const CUtensorMap& map, int column, int row, uint64_t& barrier,
-                                          uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(target)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "l"(policy)
-      : "memory");
-}
-
 // All copies, for all tiles of the block: by one thread, whose addresses are thereby the same for its warp.
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes, class Weights>
 __device__ void order_copies(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, unsigned char* ring, Weights weights,
                              const Plan& plan, const Work& work) {
   using U = Unit<kBits>;
-  const uint64_t policy = first_to_go();
   Slot slot{0};
   int early = kEarlyStages;
   for (int count = 0; count < work.tiles; ++count) {
@@ -48,7 +29,7 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, 
 #pragma unroll
       for (int box = 0; box < U::kStageBytes / kBoxRowBytes; ++box) {
         const int byte = stage * U::kStageBytes + box * kBoxRowBytes;
-        copy_tile(target + box * kBoxBytes, weights.map(tile.weight), byte / 4, tile.row, full, policy);
+        copy_tile_once(target + box * kBoxBytes, weights.map(tile.weight), byte / 4, tile.row, full);
       }
       slot.advance(1, plan.ring);
     }

@@ -74,6 +74,19 @@ __device__ __forceinline__ void copy_tile(void* target, const CUtensorMap& map, 
       : "memory");
 }
 
+// The same of what no other block reads, as each weight of a small batch: L2 gives it up first. It is not to displace
+// what the next kernels need, their instructions foremost.
+__device__ __forceinline__ void copy_tile_once(void* target, const CUtensorMap& map, int column, int row,
+                                               uint64_t& barrier) {
+  asm volatile(
+      "{.reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], policy;}" ::"r"(shared_address(target)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier))
+      : "memory");
+}
+
 __device__ __forceinline__ int cluster_rank() {
   int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
