@@ -42,6 +42,7 @@ struct LinearCall {
   // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
   void* transposed_x;
   void* permuted_x;  // linear_warpgroup_pairs: [batch, permuted_columns(call)] in the dtype of x
+  void* pages;       // linear_warpgroup_sparse: sparse_page_words(call) words of 4 bytes
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
   cudaStream_t stream;
@@ -70,6 +71,11 @@ cudaError_t finish_linear(const LinearCall& call, int slices);
 cudaError_t linear_warpgroup(const LinearCall& call);
 // The same for weights without a sparse part, faster.
 cudaError_t linear_warpgroup_dense(const LinearCall& call);
+// The same for weights with a sparse part, faster; only where sparse_page_words(call) are there.
+cudaError_t linear_warpgroup_sparse(const LinearCall& call);
+int64_t sparse_page_words(const LinearCall& call);
+// Whether a block of the kernel that sorts the sparse part has the memory to count it by columns.
+inline bool can_page(const LutWeight& weight) { return weight.in_features <= (1 << 20); }
 // The same for batches up to kPairsBatch; a sparse part is left to finish_linear.
 cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
