@@ -131,7 +131,7 @@ def main() -> None:
     total = {key: sum(row[key] for row in rows) for key in rows[0] if key.endswith("_s")}
     print(json.dumps(total))
     if options.json is not None:
-        settings = {k: str(v) for k, v in vars(options).items()}
+        settings = {k: str(v) for k, v in vars(options).items() if k != "json"}
         result = {"settings": settings, "hardware": hardware.stamp(), "rows": rows, **total}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

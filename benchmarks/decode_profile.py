@@ -1,6 +1,7 @@
 """Where the time of a decoding step on a CUDA device goes: by kernel, and idle for the host.
 
     python benchmarks/decode_profile.py 32b --layers 8 --weights bf16 w4+ w3
+    python benchmarks/decode_profile.py 8b --layers 8 --weights w4+ --grouping off on
 
 A model with random weights through Transformers' compiled ``generate``, batch 1, static cache, as
 in models.py. Wall time is the difference of two lengths of text without a profiler; kernels are
@@ -8,11 +9,14 @@ those that the profiler counts more of in the longer one.
 """
 
 import argparse
+import itertools
 from collections import Counter
 
 import torch
 from models import Generation, build
 from torch.profiler import ProfilerActivity, profile
+
+from squeezellm_hf.nn import grouping
 
 PROMPT, SHORT, LONG = 512, 32, 96
 
@@ -30,9 +34,10 @@ def kernels(generation: Generation, tokens: int) -> tuple[Counter[str], Counter[
     return microseconds, calls
 
 
-def report(name: str, weights: str, layers: int | None, rows: int) -> None:
+def report(name: str, weights: str, layers: int | None, rows: int, grouped: bool) -> None:
     """Print the kernels of a decoding step that take longest."""
     model = build(name, weights, layers, "cuda")
+    (grouping.enable if grouped else grouping.disable)()
     generation = Generation(model, PROMPT, compiled=True)
     for tokens in (LONG, SHORT, LONG):
         generation.run(tokens)
@@ -43,8 +48,9 @@ def report(name: str, weights: str, layers: int | None, rows: int) -> None:
     microseconds = {k: (long[0][k] - short[0][k]) / tokens for k in long[0]}
     calls = {k: (long[1][k] - short[1][k]) / tokens for k in long[1]}
     print(
-        f"{name}, {model.config.num_hidden_layers} blocks, {weights}: {seconds / tokens * 1e6:.0f} "
-        f"us a token, the device busy for {sum(microseconds.values()):.0f} with "
+        f"{name}, {model.config.num_hidden_layers} blocks, {weights}"
+        f"{'' if grouped else ', a call for each layer'}: {seconds / tokens * 1e6:.0f} us a token, "
+        f"the device busy for {sum(microseconds.values()):.0f} with "
         f"{sum(calls.values()):.0f} kernels"
     )
     for kernel in sorted(microseconds, key=lambda k: -microseconds[k])[:rows]:
@@ -59,12 +65,16 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["bf16", "w4+", "w3"],
                         help="bf16, or w and the bits, with + for a sparse part")  # fmt: skip
     parser.add_argument("--layers", type=int, help="blocks; default: the model's own")
+    parser.add_argument("--grouping", nargs="+", choices=["on", "off"], default=["on"],
+                        help="whether layers of one input are one call")  # fmt: skip
     parser.add_argument("--rows", type=int, default=16, help="kernels to print")
     args = parser.parse_args()
-    for weights in args.weights:
+    for weights, grouped in itertools.product(args.weights, args.grouping):
+        if weights == "bf16" and grouped == "off" and "on" in args.grouping:
+            continue
         torch.manual_seed(0)
         with torch.no_grad():
-            report(args.model, weights, args.layers, args.rows)
+            report(args.model, weights, args.layers, args.rows, grouped == "on")
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 

@@ -6,7 +6,7 @@ from kernels_cuda import quantized_weight
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.nn import SqueezeLLMLinear, grouping
 
 LLAMA_3 = {
     "vocab_size": 128256,
@@ -115,4 +115,5 @@ def quantized_model(made: PreTrainedConfig, bits: int, sparse: bool, device: str
         layer = SqueezeLLMLinear.from_tensors(tensors, bits=bits, in_features=linear.in_features)
         model.set_submodule(name, layer)
     materialize(model, device)
+    grouping.install()  # as a model does that is loaded
     return model

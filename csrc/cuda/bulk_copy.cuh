@@ -38,6 +38,11 @@ __device__ __forceinline__ uint4 load_uncached(const uint4* source) {
   return v;
 }
 
+// Calls `bytes` bytes into the L2 cache; both are multiples of 16.
+__device__ __forceinline__ void prefetch_l2(const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes));
+}
+
 // By one thread, before fence_barriers() and a barrier of the block.
 __device__ __forceinline__ void initialize_barrier(uint64_t& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");

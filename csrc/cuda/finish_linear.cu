@@ -1,5 +1,4 @@
-// The end of linear_tensor_core and of linear_warpgroup_pairs with a sparse part: y = sum of the slices + sparse part +
-// bias.
+// The end of linear_tensor_core: y = sum of the slices + sparse part + bias.
 //
 // A sparse value meets one activation of every batch row. They lie in_features apart, so x is
 // transposed first: then a value costs a few neighbouring bytes instead of a line for each.

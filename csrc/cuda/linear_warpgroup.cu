@@ -315,17 +315,14 @@ struct Plan {
 
 template <class Tile>
 cudaError_t launch(const LinearCall& call, const Plan& plan) {
-  CUtensorMap packed_map;
-  CUtensorMap x_map;
-  cudaError_t error = make_packed_map<Tile::kBits>(call.weight, kWarpLanes, packed_map);
-  if (error != cudaSuccess) return error;
-  error = make_x_map(call, Tile::kBatch, x_map);
+  InputMaps maps;
+  const cudaError_t error = make_input_maps<Tile::kBits>(call, kWarpLanes, Tile::kBatch, maps);
   if (error != cudaSuccess) return error;
   const int batch_tiles = divide_up(call.batch, Tile::kBatch);
   const int row_tiles = divide_up(call.weight.out_features, kRows);
   const bool copies_entries = call.weight.crow_indices != nullptr && can_copy_entries(call.weight);
   return launch_clusters(warpgroup_kernel<Tile>, row_tiles * batch_tiles, plan.slices, Tile::kThreads,
-                         sizeof(Shared<Tile>), call.stream, packed_map, x_map, call, plan.part_stages, batch_tiles,
+                         sizeof(Shared<Tile>), call.stream, maps.packed, maps.x, call, plan.part_stages, batch_tiles,
                          copies_entries);
 }
 

@@ -1,13 +1,14 @@
-// y = x W^T for batches 5 to 64 on the tensor cores of compute capability 9.0; a sparse part is left to finish_linear.
+// y = x W^T for batches 5 to 64 on the tensor cores of compute capability 9.0.
 //
 // A block owns 128 or 64 rows, up to 64 activations and a slice of the columns. Warpgroups take stages of 128 columns
 // in turn: each looks values up, two indices at once (pair_table.cuh), in registers, where the tensor core takes its
 // left operand from, and has sums of its own for all rows. So one looks up while another multiplies. Another warpgroup
 // brings x.
 //
-// The warpgroups of a block, then the blocks of a cluster, add their sums in a fixed order.
+// The warpgroups of a block, then the blocks of a cluster, add their sums in a fixed order, those of a sparse part
+// (pair_sparse.cuh) with them.
 #include "dispatch.h"
-#include "pair_stages.cuh"
+#include "pair_sparse.cuh"
 
 namespace squeezellm_hf::cuda::warpgroup {
 namespace {
@@ -95,9 +96,10 @@ __device__ __forceinline__ void multiply_stages(typename Tile::Sums& sums, PairS
   wait_for_products<0>();
 }
 
-// Adds the warpgroups' sums, [group][batch][row], in the first one's place.
-template <class Tile>
-__device__ __forceinline__ void add_groups(float* sums) {
+// Adds the warpgroups' sums, [group][batch][row], in the first one's place, and after them those of the sparse part's
+// rows.
+template <class Tile, bool kSparse>
+__device__ __forceinline__ void add_groups(float* sums, RowRange sparse_rows) {
   constexpr int kLineQuads = Tile::kSumStride / 4;
   constexpr int kQuads = Tile::kBatch * kLineQuads;
   auto* quads = reinterpret_cast<float4*>(sums);
@@ -108,16 +110,21 @@ __device__ __forceinline__ void add_groups(float* sums) {
       const float4 v = quads[group * kQuads + i];
       sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
+    if (kSparse && sparse_rows.has(i % kLineQuads * 4)) {
+      const float4 v = quads[Tile::kGroups * kQuads + i];
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
     quads[i] = sum;
   }
 }
 
-template <class Tile>
+template <class Tile, bool kSparse>
 __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const LinearCall& call,
                                          PairShared<Tile>& shared, int first_row, int first_batch, int first_stage,
                                          int stages) {
   constexpr int kSumGroup = Tile::kBatch * Tile::kSumStride;
-  static_assert(Tile::kGroups * kSumGroup * sizeof(float) <= offsetof(PairShared<Tile>, packed_ready));
+  constexpr int kSums = (Tile::kGroups + 1) * kSumGroup;
+  static_assert((kSums + SparseRows<Tile>::kPartialSums) * sizeof(float) <= offsetof(PairShared<Tile>, packed_ready));
   take_registers<Tile::kProductRegisters>();
   // Known to be the same for a warp: the tensor core wants no branches that might not be.
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
@@ -126,26 +133,44 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
   const WarpIndices<Tile> indices(packed_map, shared, first_row + warp * Tile::kWarpRows, first_stage);
   for (int i = 0; i < Tile::kPackedSlots; ++i)
     if (group + i * Tile::kGroups < stages) indices.request(group + i * Tile::kGroups, i);
+  // Asked for before the tables' values, and not touched before those are there.
+  const int tile_row = static_cast<int>(threadIdx.x);
+  int pointer = 0;
+  if (kSparse && tile_row <= Tile::kTileRows) pointer = row_pointer(call.weight, first_row + tile_row);
   fill_pair_tables<typename Tile::T, Tile::kBits, Tile::kTileRows, Tile::kProductThreads / Tile::kTileRows>(
       shared.tables, call.weight, first_row, threadIdx.x);
+  static_assert(Tile::kTileRows < Tile::kProductThreads);
+  if (kSparse && tile_row <= Tile::kTileRows) shared.row_pointers[tile_row] = pointer;
   synchronize(1, Tile::kProductThreads);
   wait_for_last_kernel();
   typename Tile::Sums sums = {};
   if (group < stages) multiply_stages<Tile>(sums, shared, indices, group, stages);
 
-  // The stages and tables make room for the sums.
-  synchronize(1, Tile::kProductThreads);
   float* block_sums = reinterpret_cast<float*>(&shared);
-  float* own = block_sums + group * kSumGroup + warp * Tile::kWarpRows + lane / 4;
+  const auto store_group = [&] {
+    // The stages and tables make room for the sums.
+    synchronize(1, Tile::kProductThreads);
+    float* own = block_sums + group * kSumGroup + warp * Tile::kWarpRows + lane / 4;
 #pragma unroll
-  for (int i = 0; i < Tile::kTileRows / kGroupLines; ++i)
+    for (int i = 0; i < Tile::kTileRows / kGroupLines; ++i)
 #pragma unroll
-    for (int n = 0; n < Tile::kBatch / 8; ++n)
+      for (int n = 0; n < Tile::kBatch / 8; ++n)
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        own[(n * 8 + lane % 4 * 2 + k % 2) * Tile::kSumStride + i * 16 + k / 2 * 8] = sums[i][n][k];
+        for (int k = 0; k < 4; ++k)
+          own[(n * 8 + lane % 4 * 2 + k % 2) * Tile::kSumStride + i * 16 + k / 2 * 8] = sums[i][n][k];
+  };
+  RowRange sparse_rows = {0, 0};
+  if constexpr (kSparse) {
+    sparse_rows = sparse_share<Tile>();
+    SparseRows<Tile> sparse(call, shared, sparse_rows, first_batch);
+    sparse.load_first();
+    store_group();
+    sparse.multiply(block_sums + Tile::kGroups * kSumGroup, block_sums + kSums);
+  } else {
+    store_group();
+  }
   synchronize(1, Tile::kProductThreads);
-  add_groups<Tile>(block_sums);
+  add_groups<Tile, kSparse>(block_sums, sparse_rows);
   if (cluster_size() == 1) {
     synchronize(1, Tile::kProductThreads);
     add_slices<Tile, Tile::kTileRows>(call, block_sums, first_row, first_batch);
@@ -158,7 +183,7 @@ __device__ __forceinline__ void multiply(const CUtensorMap& packed_map, const Li
 
 #endif
 
-template <class Tile>
+template <class Tile, bool kSparse>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     warpgroup_pairs_kernel(const __grid_constant__ CUtensorMap packed_map, const __grid_constant__ CUtensorMap x_map,
                            const __grid_constant__ LinearCall call, int slice_stages, int batch_tiles) {
@@ -186,12 +211,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
 
   if (threadIdx.x < Tile::kProductThreads) {
-    multiply(packed_map, call, shared, first_row, first_batch, first_stage, slice_stages);
+    multiply<Tile, kSparse>(packed_map, call, shared, first_row, first_batch, first_stage, slice_stages);
   } else {
     give_up_registers<kCopyRegisters>();
     if (threadIdx.x == Tile::kProductThreads) {
       wait_for_last_kernel();
       request_activations(x_map, shared, first_batch, first_stage * kStageColumns, slice_stages);
+    }
+    if constexpr (kSparse) {
+      // Late: earlier, the weight's way through the L2 cache might drive the entries out again.
+      __syncwarp();
+      synchronize(2, kGroupThreads);
+      prefetch_sparse_part<Tile>(call.weight, first_row);
     }
   }
 #endif
@@ -217,9 +248,10 @@ cudaError_t launch(const LinearCall& call, const PairPlan& plan) {
   if (error != cudaSuccess) return error;
   const int batch_tiles = divide_up(call.batch, Tile::kBatch);
   const int row_tiles = divide_up(call.weight.out_features, Tile::kTileRows);
-  return launch_clusters(warpgroup_pairs_kernel<Tile>, row_tiles * batch_tiles, plan.slices, Tile::kThreads,
-                         sizeof(PairShared<Tile>), call.stream, packed_map, x_map, call, plan.slice_stages,
-                         batch_tiles);
+  const auto kernel =
+      call.weight.crow_indices == nullptr ? warpgroup_pairs_kernel<Tile, false> : warpgroup_pairs_kernel<Tile, true>;
+  return launch_clusters(kernel, row_tiles * batch_tiles, plan.slices, Tile::kThreads, sizeof(PairShared<Tile>),
+                         call.stream, packed_map, x_map, call, plan.slice_stages, batch_tiles);
 }
 
 // What a block takes, in nanoseconds: for tables, first loads and the sums' way to y, and for each stage. Measured on

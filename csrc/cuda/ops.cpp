@@ -1,4 +1,4 @@
-// lut_linear and lut_dequantize for torch's CUDA dispatch key. The schemas are declared in Python
+// lut_linear, lut_linear_group and lut_dequantize for torch's CUDA dispatch key. The schemas are declared in Python
 // (squeezellm_hf/ops/schema.py); built against torch's stable ABI, so one binary serves every
 // torch from 2.11 on.
 #include <torch/csrc/stable/accelerator.h>
@@ -74,13 +74,11 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 }
 
 // The largest batch for which the weight is not dequantized first: beyond, that is repaid by the library's
-// matrix product. Measured on an H200: on short rows, a tile of linear_warpgroup_dense hardly repays its start.
+// matrix product. Measured on an H200.
 int64_t most_fused(const LinearCall& call, bool warpgroups) {
   const bool sparse = call.weight.crow_indices != nullptr;
   if (!warpgroups) return sparse ? 128 : 256;
-  if (sparse) return 256;
-  if (call.weight.in_features >= 8192) return 2048;
-  return call.weight.out_features > 8192 ? 512 : 1024;
+  return sparse ? 256 : 2048;
 }
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
@@ -91,12 +89,13 @@ bool fits(const LinearCall& call) {
 }
 
 // Whether linear_warpgroup_pairs serves: also the largest of the small batches, of which linear_streamed is not faster.
-// On long rows x is too much for its memory; on short ones a sparse part that it has inside costs less than one behind.
+// With a sparse part it is on few and short rows; on long ones x is too much for its memory.
 bool suits_pairs(const LinearCall& call, bool warpgroups) {
   constexpr int kStreamed = 4;
-  constexpr int kLongRow = 8192;
+  constexpr int kMany = 8192;
   if (!warpgroups || call.batch > kPairsBatch || call.batch <= kStreamed || !is_aligned(call)) return false;
-  return call.batch > kSmallBatch || call.weight.crow_indices == nullptr || call.weight.in_features > kLongRow;
+  if (call.batch > kSmallBatch || call.weight.crow_indices == nullptr) return true;
+  return call.weight.in_features > kMany || call.weight.out_features > kMany;
 }
 
 // By the kernel that suits the batch; what kernels hand to each other lies in memory that is allocated here.
@@ -108,73 +107,148 @@ void launch_linear(LinearCall& call, const Tensor& x, bool warpgroups) {
     const bool streamed = device_limits(x.get_device_index()).capability >= 9 && is_aligned(call) && can_stream();
     return check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
   }
-  if (!pairs && warpgroups) return check_launch(sparse ? linear_warpgroup(call) : linear_warpgroup_dense(call));
-  std::optional<Tensor> permuted;
-  if (pairs) {
-    permuted = empty(x, {batch, permuted_columns(call)});
-    call.permuted_x = permuted->mutable_data_ptr();
-    if (!sparse) return check_launch(linear_warpgroup_pairs(call));
+  if (!pairs && warpgroups && sparse) return check_launch(linear_warpgroup(call));
+  if (!pairs && warpgroups) {
+    std::optional<Tensor> parts;
+    if (const int64_t bytes = parts_bytes(call); bytes > 0) {
+      parts = empty(x, {bytes}, aoti_torch_dtype_uint8());
+      call.parts = parts->mutable_data_ptr();
+    }
+    return check_launch(linear_warpgroup_dense(call));
   }
-  const int64_t slices = pairs ? 1 : linear_slices(call);
-  const Tensor workspace = empty(x, {slices, batch, call.weight.out_features}, aoti_torch_dtype_float32());
-  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   std::optional<Tensor> transposed;
   if (sparse) {
     transposed = empty(x, {call.weight.in_features, transposed_batch(batch)});
     call.transposed_x = transposed->mutable_data_ptr();
   }
-  check_launch(pairs ? linear_warpgroup_pairs(call) : linear_tensor_core(call));
+  if (pairs) {
+    const Tensor permuted = empty(x, {batch, permuted_columns(call)});
+    call.permuted_x = permuted.mutable_data_ptr();
+    return check_launch(linear_warpgroup_pairs(call));
+  }
+  const int64_t slices = linear_slices(call);
+  const Tensor workspace = empty(x, {slices, batch, call.weight.out_features}, aoti_torch_dtype_float32());
+  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  check_launch(linear_tensor_core(call));
   check_launch(finish_linear(call, static_cast<int>(slices)));
 }
 
-Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_table,
-                  const std::optional<Tensor>& crow_indices, const std::optional<Tensor>& col_indices,
-                  const std::optional<Tensor>& values, const std::optional<Tensor>& bias, int64_t bits) {
-  if (x.dim() < 1) fail("x must have at least one dimension, got none");
-  const int32_t device = x.get_device_index();
-  const DeviceGuard guard(device);
+// A call whose arguments have been checked, and what it needs of them besides.
+struct Checked {
   LinearCall call{};
+  std::optional<Tensor> bias;  // contiguous
+  std::vector<int64_t> y_sizes;
+  int64_t batch = 1;
+
+  bool is_empty() const { return batch == 0 || call.weight.out_features == 0; }
+};
+
+// On the current device, that of x.
+Checked check_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_table,
+                     const std::optional<Tensor>& crow_indices, const std::optional<Tensor>& col_indices,
+                     const std::optional<Tensor>& values, const std::optional<Tensor>& bias, int64_t bits) {
+  Checked checked;
+  LinearCall& call = checked.call;
+  const int32_t device = x.get_device_index();
   call.dtype = check_floats("x", x, device);
   const int64_t in_features = x.size(x.dim() - 1);
   call.weight = check_weight(qweight, lookup_table, crow_indices, col_indices, values, bits, in_features, device);
   const int64_t out_features = call.weight.out_features;
   call.stream = current_stream(device);
 
-  std::vector<int64_t> y_sizes(x.sizes().begin(), x.sizes().end());
-  y_sizes.back() = out_features;
-  int64_t batch = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) batch *= x.size(d);
+  checked.y_sizes.assign(x.sizes().begin(), x.sizes().end());
+  checked.y_sizes.back() = out_features;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) checked.batch *= x.size(d);
 
-  std::optional<Tensor> bias_contiguous;
   if (bias.has_value()) {
     call.bias_dtype = check_floats("bias", *bias, device);
     if (bias->dim() != 1 || bias->size(0) != out_features)
       fail("bias must have the shape [" + std::to_string(out_features) + "]");
-    bias_contiguous = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
-    call.bias = bias_contiguous->const_data_ptr();
+    checked.bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+    call.bias = checked.bias->const_data_ptr();
   }
-  if (batch == 0 || out_features == 0) return empty(x, y_sizes);
-
-  const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  call.x = x_contiguous.const_data_ptr();
-  const bool small = batch <= kSmallBatch;
   const DeviceLimits& limits = device_limits(device);
   call.multiprocessors = limits.multiprocessors;
   call.shared_memory = limits.shared_memory;
-  call.batch = static_cast<int>(batch);
-  const bool warpgroups = limits.capability == 9 && has_warpgroup_kernel();
+  call.batch = static_cast<int>(checked.batch);
+  return checked;
+}
+
+// x is contiguous.
+Tensor run_linear(Checked& checked, const Tensor& x) {
+  if (checked.is_empty()) return empty(x, checked.y_sizes);
+  LinearCall& call = checked.call;
+  call.x = x.const_data_ptr();
+  const int64_t batch = checked.batch;
+  const bool small = batch <= kSmallBatch;
+  const bool warpgroups = device_limits(x.get_device_index()).capability == 9 && has_warpgroup_kernel();
   if (!fits(call) || batch > most_fused(call, warpgroups) || (!small && !is_aligned(call))) {
     // A 16-bit product of tables beyond fp16's range goes through fp32.
     const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
     const ScalarType dtype = through_fp32 ? ScalarType::Float : x.scalar_type();
     const Tensor weight = dequantize_to(call.weight, x, dtype, call.stream);
-    if (!through_fp32) return linear(x, weight, bias_contiguous);
-    return torch::stable::to(linear(torch::stable::to(x, dtype), weight, bias_contiguous), x.scalar_type());
+    if (!through_fp32) return linear(x, weight, checked.bias);
+    return torch::stable::to(linear(torch::stable::to(x, dtype), weight, checked.bias), x.scalar_type());
   }
-  Tensor y = empty(x, y_sizes);
+  Tensor y = empty(x, checked.y_sizes);
   call.y = y.mutable_data_ptr();
   launch_linear(call, x, warpgroups);
   return y;
+}
+
+Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_table,
+                  const std::optional<Tensor>& crow_indices, const std::optional<Tensor>& col_indices,
+                  const std::optional<Tensor>& values, const std::optional<Tensor>& bias, int64_t bits) {
+  if (x.dim() < 1) fail("x must have at least one dimension, got none");
+  const DeviceGuard guard(x.get_device_index());
+  Checked checked = check_linear(x, qweight, lookup_table, crow_indices, col_indices, values, bias, bits);
+  return run_linear(checked, x.is_contiguous() ? x : torch::stable::contiguous(x));
+}
+
+// Whether the calls, which are of one x, are one launch.
+bool suits_group(const std::vector<Checked>& all, const std::vector<LinearCall>& calls, int32_t device) {
+  if (device_limits(device).capability < 9 || !can_stream()) return false;
+  for (const Checked& checked : all)
+    if (checked.is_empty() || !fits(checked.call)) return false;
+  return can_stream_group(calls.data(), static_cast<int>(calls.size()));
+}
+
+using Tensors = std::vector<Tensor>;
+using Optionals = std::vector<std::optional<Tensor>>;
+
+Tensors lut_linear_group(const Tensor& x, Tensors qweight, Tensors lookup_table, Optionals crow_indices,
+                         Optionals col_indices, Optionals values, Optionals bias, int64_t bits) {
+  const size_t count = qweight.size();
+  for (const size_t size : {lookup_table.size(), crow_indices.size(), col_indices.size(), values.size(), bias.size()})
+    if (size != count) fail("the lists must be of one length");
+  if (x.dim() < 1) fail("x must have at least one dimension, got none");
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
+
+  std::vector<Checked> all;
+  std::vector<LinearCall> calls;
+  for (size_t i = 0; i < count; ++i) {
+    try {
+      all.push_back(
+          check_linear(x, qweight[i], lookup_table[i], crow_indices[i], col_indices[i], values[i], bias[i], bits));
+    } catch (const std::invalid_argument& error) {
+      fail("weight " + std::to_string(i) + " of the group: " + error.what());
+    }
+    calls.push_back(all[i].call);
+    calls[i].x = x_contiguous.const_data_ptr();
+  }
+  Tensors ys;
+  if (!suits_group(all, calls, device)) {
+    for (Checked& checked : all) ys.push_back(run_linear(checked, x_contiguous));
+    return ys;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    ys.push_back(empty(x, all[i].y_sizes));
+    calls[i].y = ys[i].mutable_data_ptr();
+  }
+  check_launch(linear_streamed_group(calls.data(), static_cast<int>(count)));
+  return ys;
 }
 
 Tensor lut_dequantize(const Tensor& qweight, const Tensor& lookup_table, const std::optional<Tensor>& crow_indices,
@@ -193,5 +267,6 @@ Tensor lut_dequantize(const Tensor& qweight, const Tensor& lookup_table, const s
 STABLE_TORCH_LIBRARY_IMPL(squeezellm_hf, CUDA, library) {
   library.impl("lut_linear", TORCH_BOX(&squeezellm_hf::cuda::lut_linear));
   library.impl("lut_linear_no_grad", TORCH_BOX(&squeezellm_hf::cuda::lut_linear));
+  library.impl("lut_linear_group", TORCH_BOX(&squeezellm_hf::cuda::lut_linear_group));
   library.impl("lut_dequantize", TORCH_BOX(&squeezellm_hf::cuda::lut_dequantize));
 }

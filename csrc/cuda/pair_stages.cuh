@@ -35,6 +35,9 @@ struct PairTile {
   static constexpr int kChunkSteps = 2;  // looked up at a time
   static constexpr int kChunks = kStageColumns / (kChunkSteps * kProductDepth);
   static constexpr int kLineChunks = kLineColumns / (kChunkSteps * kProductDepth);
+  // Of the sparse part: entries of a row that its lanes take at a time, and how many of a lane are on their way.
+  static constexpr int kSparseParts = 4;
+  static constexpr int kSparseAhead = 6;
   // What a warp writes at once lies in different banks.
   static constexpr int kSumStride = kTileRows + 4;
 
@@ -49,48 +52,95 @@ struct alignas(1024) PairShared {
   uint64_t packed_ready[Tile::kWarps][Tile::kPackedSlots];
   uint64_t x_ready[Tile::kSlots];
   uint64_t x_free[Tile::kSlots];
+  int row_pointers[Tile::kTileRows + 1];  // of the sparse part
 };
 
 constexpr int kPermuteThreads = 128;
+// Blocks of a multiprocessor: few enough registers that they find room beside other kernels.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kPermuteBlocks = 1;  // does nothing there
+#else
+constexpr int kPermuteBlocks = 16;
+#endif
+
+#ifdef SQUEEZELLM_HF_WGMMA
 
 // Activations in the tensor core's order, with zeros up to a multiple of 128 columns: of columns 32 t + 4 s + i of 128,
-// those with i = 0 and 1 come to places 16 s + 2 t and after, those with i = 2 and 3 eight places on. A thread moves 4
+// those with i = 0 and 1 come to places 16 s + 2 t and after, those with i = 2 and 3 eight places on. A piece is 4
 // times 16 bytes.
-__global__ void __launch_bounds__(kPermuteThreads, 16)
-    permute_activations_kernel(const uint16_t* x, uint16_t* permuted, int batch, int in_features, int columns) {
+__device__ __forceinline__ void permute_piece(const uint16_t* x, uint16_t* permuted, int piece, int in_features,
+                                              int columns) {
+  const int line = piece / (columns / 32);
+  const int quarter = piece % (columns / 32);
+  const int begin = quarter / 4 * kStageColumns + quarter % 4 * 8;
+  const uint16_t* source = x + int64_t{line} * in_features + begin;
+  uint4 v[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    v[t] = uint4{};
+    if (begin + t * 32 < in_features) v[t] = load_uncached(reinterpret_cast<const uint4*>(source + t * 32));
+  }
+  auto* target = reinterpret_cast<uint4*>(permuted + int64_t{line} * columns + quarter * 32);
+  target[0] = {v[0].x, v[1].x, v[2].x, v[3].x};
+  target[1] = {v[0].y, v[1].y, v[2].y, v[3].y};
+  target[2] = {v[0].z, v[1].z, v[2].z, v[3].z};
+  target[3] = {v[0].w, v[1].w, v[2].w, v[3].w};
+}
+
+// Activations transposed, as the sparse part wants them, with zeros in lines beyond the batch. A piece is 8 columns of
+// two lines; the next threads have the next lines.
+__device__ __forceinline__ void transpose_piece(const uint16_t* x, uint16_t* transposed, int piece, int batch,
+                                                int lines, int in_features) {
+  const int line = piece % (lines / 2) * 2;
+  const int column = piece / (lines / 2) * 8;
+  const uint16_t* source = x + int64_t{line} * in_features + column;
+  uint4 v[2] = {};
+  if (line < batch) v[0] = load_uncached(reinterpret_cast<const uint4*>(source));
+  if (line + 1 < batch) v[1] = load_uncached(reinterpret_cast<const uint4*>(source + in_features));
+  const uint32_t first[] = {v[0].x, v[0].y, v[0].z, v[0].w};
+  const uint32_t second[] = {v[1].x, v[1].y, v[1].z, v[1].w};
+  uint16_t* target = transposed + int64_t{column} * lines + line;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    *reinterpret_cast<uint32_t*>(target + i * lines) =
+        __byte_perm(first[i / 2], second[i / 2], i % 2 ? 0x7632 : 0x5410);
+}
+
+#endif
+
+template <bool kTransposed>
+__global__ void __launch_bounds__(kPermuteThreads, kPermuteBlocks)
+    permute_activations_kernel(const uint16_t* x, uint16_t* permuted, int permuted_pieces, uint16_t* transposed,
+                               int pieces, int batch, int lines, int in_features, int columns) {
 #ifdef SQUEEZELLM_HF_WGMMA
   allow_next_kernel();
   wait_for_previous_kernel();
-  const int quarters = columns / 32;
-  for (int piece = blockIdx.x * blockDim.x + threadIdx.x; piece < batch * quarters; piece += gridDim.x * blockDim.x) {
-    const int line = piece / quarters;
-    const int quarter = piece % quarters;
-    const int begin = quarter / 4 * kStageColumns + quarter % 4 * 8;
-    const uint16_t* source = x + int64_t{line} * in_features + begin;
-    uint4 v[4];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      v[t] = uint4{};
-      if (begin + t * 32 < in_features) v[t] = load_uncached(reinterpret_cast<const uint4*>(source + t * 32));
+  for (int piece = blockIdx.x * blockDim.x + threadIdx.x; piece < pieces; piece += gridDim.x * blockDim.x) {
+    if (!kTransposed || piece < permuted_pieces) {
+      permute_piece(x, permuted, piece, in_features, columns);
+    } else {
+      transpose_piece(x, transposed, piece - permuted_pieces, batch, lines, in_features);
     }
-    auto* target = reinterpret_cast<uint4*>(permuted + int64_t{line} * columns + quarter * 32);
-    target[0] = {v[0].x, v[1].x, v[2].x, v[3].x};
-    target[1] = {v[0].y, v[1].y, v[2].y, v[3].y};
-    target[2] = {v[0].z, v[1].z, v[2].z, v[3].z};
-    target[3] = {v[0].w, v[1].w, v[2].w, v[3].w};
   }
 #endif
 }
 
 inline cudaError_t permute_activations(const LinearCall& call) {
   const int columns = static_cast<int>(permuted_columns(call));
+  const int lines = static_cast<int>(transposed_batch(call.batch));
+  const int permuted_pieces = call.batch * (columns / 32);
+  const int transposed_pieces = call.transposed_x == nullptr ? 0 : lines / 2 * (call.weight.in_features / 8);
+  const int pieces = permuted_pieces + transposed_pieces;
   // One block a multiprocessor fits beside the kernel before, so that it waits there and not for that one's last
   // blocks; with more than two to do, it is too slow.
-  const int pieces = divide_up(call.batch * (columns / 32), kPermuteThreads);
-  const int blocks = pieces <= 2 * call.multiprocessors ? std::min(pieces, call.multiprocessors) : pieces;
-  return launch_clusters(permute_activations_kernel, blocks, 1, kPermuteThreads, 0, call.stream,
-                         static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.permuted_x), call.batch,
-                         call.weight.in_features, columns);
+  const int blocks = divide_up(pieces, kPermuteThreads);
+  const int launched = blocks <= 2 * call.multiprocessors ? std::min(blocks, call.multiprocessors) : blocks;
+  const auto kernel =
+      call.transposed_x == nullptr ? permute_activations_kernel<false> : permute_activations_kernel<true>;
+  return launch_clusters(kernel, launched, 1, kPermuteThreads, 0, call.stream, static_cast<const uint16_t*>(call.x),
+                         static_cast<uint16_t*>(call.permuted_x), permuted_pieces,
+                         static_cast<uint16_t*>(call.transposed_x), pieces, call.batch, lines, call.weight.in_features,
+                         columns);
 }
 
 // The tensor map of permuted activations, 64 columns of `lines` lines a tile.

@@ -97,8 +97,8 @@ struct Work {
   int step;
   int tiles;
 
-  __device__ explicit Work(int out_features) : first(blockIdx.x), step(gridDim.x) {
-    tiles = ((out_features + kRows - 1) / kRows - first + step - 1) / step;
+  __device__ explicit Work(int all_tiles) : first(blockIdx.x), step(gridDim.x) {
+    tiles = (all_tiles - first + step - 1) / step;
   }
   __device__ int tile(int count) const { return first + count * step; }
 };

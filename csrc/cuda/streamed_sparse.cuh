@@ -1,7 +1,7 @@
 // The sparse part of a tile in linear_streamed.
 #pragma once
 
-#include "streamed_layout.cuh"
+#include "streamed_weights.cuh"
 
 namespace squeezellm_hf::cuda::streamed {
 
@@ -9,13 +9,13 @@ namespace squeezellm_hf::cuda::streamed {
 
 // A warp's rows of the sparse part of a tile, a few lanes for each. The ends of the rows are loaded two tiles
 // ahead, their first entries one: nothing is done with what is loaded, lest one load wait for another.
-template <class T, int kBatch, int kSumWarps>
+template <class T, int kBatch, int kSumWarps, class Weights>
 struct SparsePart {
   static constexpr int kWarpRows = kRows / kSumWarps;
   static constexpr int kRowLanes = kWarpLanes / kWarpRows;
   static constexpr int kAhead = kRowLanes == 4 ? 12 : 20;  // entries of a lane in flight
   static constexpr int kLongRow = 256;                     // entries from which a row may be left to the whole warp
-  const LinearCall& call;
+  const Weights weights;
   const unsigned char* x;  // in shared memory
   int x_stride;
   int warp;
@@ -25,25 +25,30 @@ struct SparsePart {
   int2 long_row = {0, 0};
   uint32_t columns[kAhead];
   uint32_t values[kAhead];
+  int weight = 0;  // of the row
+  int next_weight = 0;
 
   __device__ int own_row() const { return warp * kWarpRows + lane / kRowLanes; }
 
-  __device__ void load_row(int tile) {
-    const int r = tile * kRows + own_row();
+  __device__ void load_row(int number) {
+    const Tile tile = weights.tile(number);
+    const LutWeight& own = weights.weight(tile.weight);
+    const int r = tile.row + own_row();
+    next_weight = tile.weight;
     next_row = {0, 0};
-    if (r < call.weight.out_features) next_row = {call.weight.crow_indices[r], call.weight.crow_indices[r + 1]};
+    if (r < own.out_features) next_row = {own.crow_indices[r], own.crow_indices[r + 1]};
   }
 
   // How many entries the lane's row has from its own first one of the round `ahead` on.
   __device__ int left(int ahead) const { return row.y - row.x - lane % kRowLanes - ahead; }
 
   __device__ void load(int ahead) {
-    const LutWeight& weight = call.weight;
+    const LutWeight& own = weights.weight(weight);
     const int present = left(ahead);
     const int entry = row.x + lane % kRowLanes + ahead;
-    if (!weight.wide_columns && weight.values_dtype != DType::kFloat32) {
-      const auto* column = static_cast<const uint16_t*>(weight.col_indices) + entry;
-      const auto* value = static_cast<const uint16_t*>(weight.values) + entry;
+    if (!own.wide_columns && own.values_dtype != DType::kFloat32) {
+      const auto* column = static_cast<const uint16_t*>(own.col_indices) + entry;
+      const auto* value = static_cast<const uint16_t*>(own.values) + entry;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         columns[i] = values[i] = 0;
@@ -55,8 +60,8 @@ struct SparsePart {
       for (int i = 0; i < kAhead; ++i) {
         columns[i] = values[i] = 0;
         if (i * kRowLanes < present) {
-          columns[i] = sparse_column(weight, entry + i * kRowLanes);
-          values[i] = load_bits(weight.values, weight.values_dtype, entry + i * kRowLanes);
+          columns[i] = sparse_column(own, entry + i * kRowLanes);
+          values[i] = load_bits(own.values, own.values_dtype, entry + i * kRowLanes);
         }
       }
     }
@@ -64,7 +69,8 @@ struct SparsePart {
 
   // Goes on to the tile whose rows were loaded.
   __device__ void load_first() {
-    row = clamped_sparse_row(call.weight, next_row);
+    weight = next_weight;
+    row = clamped_sparse_row(weights.weight(weight), next_row);
     long_row = {0, 0};
     const int length = row.y - row.x;
     if (__any_sync(0xffffffff, length > kLongRow)) {
@@ -76,8 +82,8 @@ struct SparsePart {
   }
 
   __device__ __forceinline__ void add(float (&total)[kBatch], bool present, uint32_t column, uint32_t value) const {
-    column = min(column, call.weight.in_features - 1u);
-    const float factor = float_of_bits(value, call.weight.values_dtype);
+    column = min(column, weights.call.weight.in_features - 1u);
+    const float factor = float_of_bits(value, weights.call.weight.values_dtype);
     const unsigned char* source = x + x_piece(column / 8) * 16 + column % 8 * 2;
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
@@ -110,6 +116,7 @@ struct SparsePart {
 
   // The rows that are left to all lanes.
   __device__ void add_long_rows(float (&total)[kBatch]) const {
+    const LutWeight& own = weights.weight(weight);
     uint32_t rows = __ballot_sync(0xffffffff, lane % kRowLanes == 0 && long_row.x < long_row.y);
     for (; rows != 0; rows &= rows - 1) {
       const int owner = __ffs(rows) - 1;
@@ -117,8 +124,7 @@ struct SparsePart {
       float part[kBatch] = {};
 #pragma unroll 8
       for (int entry = entries.x + lane; entry < entries.y; entry += kWarpLanes)
-        add(part, true, sparse_column(call.weight, entry),
-            load_bits(call.weight.values, call.weight.values_dtype, entry));
+        add(part, true, sparse_column(own, entry), load_bits(own.values, own.values_dtype, entry));
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
 #pragma unroll

@@ -8,16 +8,19 @@ namespace squeezellm_hf::cuda::streamed {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 // Adds a tile's sums and writes y: by one warp.
-template <class T, int kBits, int kBatch, int kWarps>
-__device__ void finish_tile(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call, const Work& work,
-                            int count, int lane) {
+template <class T, int kBits, int kBatch, int kWarps, class Weights>
+__device__ void finish_tile(Shared<T, kBits, kBatch, kWarps>& shared, Weights weights, const Work& work, int count,
+                            int lane) {
   constexpr int kTurns = (kBatch * kRows + kWarpLanes - 1) / kWarpLanes;
-  const LutWeight& weight = call.weight;
+  const LinearCall& call = weights.call;
+  const Tile tile = weights.tile(work.tile(count));
+  const LutWeight& weight = weights.weight(tile.weight);
+  const void* const biases = weights.bias(tile.weight);
   const int buffer = count % kSumBuffers;
-  const int row = work.tile(count) * kRows + lane % kRows;
+  const int row = tile.row + lane % kRows;
   const bool inside = row < weight.out_features;
   uint32_t bias = 0;
-  if (call.bias != nullptr && inside) bias = load_bits(call.bias, call.bias_dtype, row);
+  if (biases != nullptr && inside) bias = load_bits(biases, call.bias_dtype, row);
   float total[kTurns] = {};
   wait(shared.sums_full[buffer], count / kSumBuffers & 1);
 #pragma unroll
@@ -33,18 +36,18 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps>& shared, const Line
   for (int i = 0; i < kTurns; ++i) {
     const int n = (i * kWarpLanes + lane) / kRows;
     if (!inside || n >= call.batch) continue;
-    if (call.bias != nullptr) total[i] += float_of_bits(bias, call.bias_dtype);
-    static_cast<T*>(call.y)[int64_t{n} * weight.out_features + row] = from_float<T>(total[i]);
+    if (biases != nullptr) total[i] += float_of_bits(bias, call.bias_dtype);
+    static_cast<T*>(weights.y(tile.weight))[int64_t{n} * weight.out_features + row] = from_float<T>(total[i]);
   }
 }
 
 // The duties of a summing warp, for all tiles of the block: the sparse part a tile ahead of the sums.
-template <class T, int kBits, int kBatch, int kWarps>
-__device__ void sum_up(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call, const unsigned char* x,
+template <class T, int kBits, int kBatch, int kWarps, class Weights>
+__device__ void sum_up(Shared<T, kBits, kBatch, kWarps>& shared, Weights weights, const unsigned char* x,
                        const Plan& plan, const Work& work, int warp, int lane) {
   constexpr int kSumWarps = Duties<kWarps>::kSumWarps;
-  const bool has_sparse = call.weight.crow_indices != nullptr;
-  SparsePart<T, kBatch, kSumWarps> sparse{call, x, plan.x_stride, warp, lane};
+  const bool has_sparse = weights.call.weight.crow_indices != nullptr;
+  SparsePart<T, kBatch, kSumWarps, Weights> sparse{weights, x, plan.x_stride, warp, lane};
   if (has_sparse) {
     sparse.load_row(work.tile(0));
     sparse.load_first();
@@ -67,7 +70,7 @@ __device__ void sum_up(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCal
   for (int count = 0; count < work.tiles; ++count) {
     multiply_sparse(count + 1);
     // Always the same warp for a buffer, in order: no parity is taken for that of another phase.
-    if (count % kSumWarps == warp) finish_tile<T, kBits, kBatch, kWarps>(shared, call, work, count, lane);
+    if (count % kSumWarps == warp) finish_tile<T, kBits, kBatch, kWarps>(shared, weights, work, count, lane);
   }
 }
 

@@ -1,7 +1,7 @@
 // The tables of all pairs of a row's values in linear_streamed.
 #pragma once
 
-#include "streamed_layout.cuh"
+#include "streamed_weights.cuh"
 
 namespace squeezellm_hf::cuda::streamed {
 
@@ -37,23 +37,25 @@ __device__ __forceinline__ bool vector_tables(const LutWeight& weight) {
 
 // A thread's part of a tile's tables: of the row lane % 16 some consecutive entries, by the half of a warp.
 // Loaded a tile ahead, and not touched before the tables before it have been filled.
-template <class T, int kBits, int kFillWarps>
+template <class T, int kBits, int kFillWarps, class Weights>
 struct TablePart {
   static constexpr int kEntries = 1 << kBits;
   static constexpr int kStores = Unit<kBits>::kPairs / (2 * kFillWarps);  // entries of the pairs' table
   static constexpr int kLows = kStores < kEntries ? kStores : kEntries;   // lower indices
   static constexpr int kHighs = kStores / kLows;                          // upper indices
-  const LutWeight& weight;
+  const Weights weights;
   int lane_row;
   int first;                // entry
   uint32_t low[kLows / 2];  // pairs of 16-bit values
   uint32_t high[kHighs];
 
-  __device__ TablePart(const LutWeight& weight, int warp, int lane)
-      : weight(weight), lane_row(lane % kRows), first((warp * 2 + lane / kRows) * kStores) {}
+  __device__ TablePart(Weights weights, int warp, int lane)
+      : weights(weights), lane_row(lane % kRows), first((warp * 2 + lane / kRows) * kStores) {}
 
-  __device__ void load(int tile) {
-    const int row = min(tile * kRows + tile_row<kBits>(lane_row), weight.out_features - 1);
+  __device__ void load(int number) {
+    const Tile tile = weights.tile(number);
+    const LutWeight& weight = weights.weight(tile.weight);
+    const int row = min(tile.row + tile_row<kBits>(lane_row), weight.out_features - 1);
     const int64_t values = int64_t{row} * kEntries;
     const int64_t first_low = values + first % kEntries;
     if (!vector_tables(weight)) {
@@ -79,6 +81,7 @@ struct TablePart {
 
   // What was loaded as T.
   __device__ void convert() {
+    const LutWeight& weight = weights.call.weight;  // alike in all weights: the dtype, and whether rows are vectors
     constexpr DType kOwn = __is_same(T, __nv_bfloat16) ? DType::kBFloat16 : DType::kFloat16;
     if (weight.table_dtype == kOwn) return;
     if (vector_tables(weight))
@@ -102,9 +105,10 @@ struct TablePart {
 };
 
 // The duties of a filling warp, for all tiles of the block; the first one's part has been loaded.
-template <class T, int kBits, int kBatch, int kWarps>
+template <class T, int kBits, int kBatch, int kWarps, class Weights>
 __device__ void fill_tables(Shared<T, kBits, kBatch, kWarps>& shared,
-                            TablePart<T, kBits, Duties<kWarps>::kFillWarps>& part, const Work& work, int lane) {
+                            TablePart<T, kBits, Duties<kWarps>::kFillWarps, Weights>& part, const Work& work,
+                            int lane) {
   for (int count = 0; count < work.tiles; ++count) {
     const int buffer = count % kTableBuffers;
     part.convert();

@@ -39,6 +39,18 @@ inline cudaError_t make_x_map(const LinearCall& call, uint32_t lines, CUtensorMa
                          map);
 }
 
+// Both, of `rows` rows and of `lines` lines a tile.
+struct InputMaps {
+  CUtensorMap packed;
+  CUtensorMap x;
+};
+
+template <int kBits>
+cudaError_t make_input_maps(const LinearCall& call, uint32_t rows, uint32_t lines, InputMaps& maps) {
+  const cudaError_t error = make_packed_map<kBits>(call.weight, rows, maps.packed);
+  return error != cudaSuccess ? error : make_x_map(call, lines, maps.x);
+}
+
 // Blocks that the device holds at a time in clusters of `slices`, given what 132 multiprocessors (of an H100 or
 // H200) hold: the groups in which these are made hold whole clusters only.
 inline int held_blocks(const LinearCall& call, int slices, const int (&held)[kMostSlices + 1]) {
@@ -123,22 +135,11 @@ __device__ __forceinline__ void store_sums(float* target, const float (&sums)[kP
     }
 }
 
-// Four neighbouring outputs, or their sums where finish_linear follows; `row` is a multiple of 4.
+// Four neighbouring outputs; `row` is a multiple of 4.
 template <class T>
 __device__ __forceinline__ void store_outputs(const LinearCall& call, int batch, int row, float4 sum) {
   const int out_features = call.weight.out_features;
   const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-  if (call.workspace != nullptr) {
-    float* target = call.workspace + int64_t{batch} * out_features + row;
-    if (out_features % 4 == 0) {
-      if (row < out_features) *reinterpret_cast<float4*>(target) = sum;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (row + i < out_features) target[i] = sums[i];
-    }
-    return;
-  }
   __align__(8) T values[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -36,11 +36,11 @@ struct LinearCall {
   DType bias_dtype;
   DType dtype;
   int batch;
-  // Sums for finish_linear, [slices, batch, out_features]: of linear_slices(call) slices for linear_tensor_core; of one
-  // for linear_warpgroup_pairs, where null stands for nothing to follow.
-  float* workspace;
-  // finish_linear: [in_features, transposed_batch(batch)] in the dtype of x, null without a sparse part.
+  float* workspace;  // linear_tensor_core and finish_linear: [linear_slices(call), batch, out_features]
+  // finish_linear and linear_warpgroup_pairs: [in_features, transposed_batch(batch)] in the dtype of x, null without a
+  // sparse part.
   void* transposed_x;
+  void* parts;       // linear_warpgroup_dense: parts_bytes(call) bytes, null where these are none
   void* permuted_x;  // linear_warpgroup_pairs: [batch, permuted_columns(call)] in the dtype of x
   void* pages;       // linear_warpgroup_sparse: sparse_page_words(call) words of 4 bytes
   int multiprocessors;
@@ -63,6 +63,11 @@ cudaError_t linear_small_batch(const LinearCall& call);
 cudaError_t linear_streamed(const LinearCall& call);
 // Whether this library was compiled for compute capability 9.0; asked on such a device.
 bool can_stream();
+// The same for 2 to kMostGrouped calls of one x in one launch; only where can_stream() and can_stream_group(). No
+// out_features may be 0.
+cudaError_t linear_streamed_group(const LinearCall* calls, int count);
+// Whether they suit it: batch 1, alike in all but out_features, and with a sparse part all or none.
+bool can_stream_group(const LinearCall* calls, int count);
 // Any batch, to be followed by finish_linear; only where is_aligned(call).
 cudaError_t linear_tensor_core(const LinearCall& call);
 // Adds the workspace's slices, the sparse part and the bias.
@@ -71,18 +76,20 @@ cudaError_t finish_linear(const LinearCall& call, int slices);
 cudaError_t linear_warpgroup(const LinearCall& call);
 // The same for weights without a sparse part, faster.
 cudaError_t linear_warpgroup_dense(const LinearCall& call);
+int64_t parts_bytes(const LinearCall& call);
 // The same for weights with a sparse part, faster; only where sparse_page_words(call) are there.
 cudaError_t linear_warpgroup_sparse(const LinearCall& call);
 int64_t sparse_page_words(const LinearCall& call);
 // Whether a block of the kernel that sorts the sparse part has the memory to count it by columns.
 inline bool can_page(const LutWeight& weight) { return weight.in_features <= (1 << 20); }
-// The same for batches up to kPairsBatch; a sparse part is left to finish_linear.
+// The same for batches up to kPairsBatch, faster, with and without one.
 cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
 bool has_warpgroup_kernel();
 
 constexpr int kSmallBatch = 8;
 constexpr int kPairsBatch = 64;
+constexpr int kMostGrouped = 4;  // weights that share a launch
 
 // Into how many slices of the columns linear_tensor_core divides the work.
 int64_t linear_slices(const LinearCall& call);
@@ -90,7 +97,7 @@ int64_t linear_slices(const LinearCall& call);
 // Of the copy of x that linear_warpgroup_pairs makes.
 inline int64_t permuted_columns(const LinearCall& call) { return (int64_t{call.weight.in_features} + 127) / 128 * 128; }
 
-inline int64_t transposed_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
+__host__ __device__ inline int64_t transposed_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
 
 // Whether rows of weights and activations can be read 16 bytes at a time.
 inline bool is_aligned(const LinearCall& call) {

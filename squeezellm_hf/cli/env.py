@@ -9,6 +9,7 @@ from rich.table import Table
 
 from squeezellm_hf.evaluation.environment import environment
 from squeezellm_hf.evaluation.report import console
+from squeezellm_hf.ops import native
 
 DESCRIPTION = """Print installed versions, hardware, and which kernels are active.
 
@@ -30,7 +31,9 @@ class Command:
 
     def run(self) -> None:
         """Print a table, or JSON."""
-        found = environment()
+        # Where the library lies tells who asks; results of measurements go without it.
+        path = native.status().path
+        found = {**environment(), "native_library": None if path is None else str(path)}
         if self.json:
             print(json.dumps(found, indent=2))
             return

@@ -49,7 +49,6 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native_kernels": status.loaded,
         "instruction_set": status.instruction_set,
-        "native_library": None if status.path is None else str(status.path),
         "native_reason": status.reason,
         "native_cuda_kernels": status.cuda_loaded,
         "native_cuda_reason": status.cuda_reason,

@@ -18,7 +18,7 @@ from squeezellm_hf.integration.config import TABLE_DTYPES, SqueezeLLMConfig
 from squeezellm_hf.integration.output_head import forget_ties
 from squeezellm_hf.integration.placement import is_tensor_parallel, place, quantization_device
 from squeezellm_hf.integration.run import Run, prepare
-from squeezellm_hf.nn import Experts, SqueezeLLMLinear
+from squeezellm_hf.nn import Experts, SqueezeLLMLinear, grouping
 from squeezellm_hf.nn.backend import set_backend
 from squeezellm_hf.nn.mapped import MappedFiles
 
@@ -150,6 +150,7 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
     def _prepare_layers(self, model: Any) -> None:
         set_backend(model, self.quantization_config.backend)
         self._has_experts = any(isinstance(module, Experts) for module in model.modules())
+        grouping.install()
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if is_tensor_parallel(model):
@@ -200,6 +201,8 @@ class SqueezeLLMHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """The ops have fake kernels and cause no graph break; which experts run depends on data."""
+        # ``generate`` asks before it compiles, maybe in another thread than the one that loaded.
+        grouping.install()
         return not self._has_experts
 
 

@@ -19,6 +19,7 @@ from squeezellm_hf.ops.schema import (
     LUT_DEQUANTIZE,
     LUT_DEQUANTIZE_REFERENCE,
     LUT_LINEAR,
+    LUT_LINEAR_GROUP,
     LUT_LINEAR_NO_GRAD,
     LUT_LINEAR_REFERENCE,
 )
@@ -90,4 +91,5 @@ for _linear, _dequantize in (
 for _name in (LUT_DEQUANTIZE, LUT_DEQUANTIZE_REFERENCE):
     torch.library.register_autograd(_name, _backward_dequantize, setup_context=_setup_dequantize)
 # The dispatcher passes autograd by and goes straight to the kernel.
-torch.library.impl(LUT_LINEAR_NO_GRAD, "Autograd")(torch.library.fallthrough_kernel)
+for _name in (LUT_LINEAR_NO_GRAD, LUT_LINEAR_GROUP):
+    torch.library.impl(_name, "Autograd")(torch.library.fallthrough_kernel)

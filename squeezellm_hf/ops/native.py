@@ -18,7 +18,12 @@ from pathlib import Path
 
 import torch
 
-from squeezellm_hf.ops.schema import LUT_DEQUANTIZE, LUT_LINEAR, LUT_LINEAR_NO_GRAD
+from squeezellm_hf.ops.schema import (
+    LUT_DEQUANTIZE,
+    LUT_LINEAR,
+    LUT_LINEAR_GROUP,
+    LUT_LINEAR_NO_GRAD,
+)
 
 _LIBRARY = "_native.so"
 _CUDA_LIBRARY = "_native_cuda.so"
@@ -100,10 +105,11 @@ def _warn_if_old(key: str) -> None:
     Args:
         key: the dispatch key that the library serves.
     """
+    names = [LUT_LINEAR, LUT_LINEAR_NO_GRAD, LUT_DEQUANTIZE]
+    if key == "CUDA":  # elsewhere a group is one call after the other
+        names.append(LUT_LINEAR_GROUP)
     missing = [
-        name
-        for name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD, LUT_DEQUANTIZE)
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     ]
     if missing:
         warnings.warn(

@@ -11,6 +11,7 @@ from squeezellm_hf.ops.schema import (
     LUT_DEQUANTIZE,
     LUT_DEQUANTIZE_REFERENCE,
     LUT_LINEAR,
+    LUT_LINEAR_GROUP,
     LUT_LINEAR_NO_GRAD,
     LUT_LINEAR_REFERENCE,
 )
@@ -94,8 +95,36 @@ def lut_linear(
     return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
 
 
+def lut_linear_group(
+    x: Tensor,
+    qweight: list[Tensor],
+    lookup_table: list[Tensor],
+    crow_indices: list[Tensor | None],
+    col_indices: list[Tensor | None],
+    values: list[Tensor | None],
+    bias: list[Tensor | None],
+    bits: int,
+) -> list[Tensor]:
+    """One call after the other, by the kernels that there are for one.
+
+    Raises:
+        ValueError or RuntimeError: naming the weight by its place in the lists.
+    """
+    lists = (qweight, lookup_table, crow_indices, col_indices, values, bias)
+    if len({len(tensors) for tensors in lists}) > 1:
+        raise ValueError("the lists must be of one length")
+    results = []
+    for index, tensors in enumerate(zip(*lists, strict=True)):
+        try:
+            results.append(torch.ops.squeezellm_hf.lut_linear_no_grad(x, *tensors, bits))
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"weight {index} of the group: {error}") from error
+    return results
+
+
 # Not as decorators: those leave None behind instead of the function.
 for _name in (LUT_DEQUANTIZE, LUT_DEQUANTIZE_REFERENCE):
     torch.library.impl(_name, "CompositeExplicitAutograd")(lut_dequantize)
 for _name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD, LUT_LINEAR_REFERENCE):
     torch.library.impl(_name, "CompositeExplicitAutograd")(lut_linear)
+torch.library.impl(LUT_LINEAR_GROUP, "CompositeExplicitAutograd")(lut_linear_group)

@@ -3,6 +3,9 @@
 ``lut_linear_no_grad`` is ``lut_linear`` without a derivative. A derivative that is registered from
 Python is asked at every call, for 3.4 us, whether or not anything requires a gradient;
 :func:`squeezellm_hf.ops.lut_linear` takes the one or the other.
+
+``lut_linear_group`` is several calls of ``lut_linear_no_grad`` with the same x, one weight each. Of
+its lists each has an entry a weight, None where that has none.
 """
 
 import torch
@@ -12,6 +15,7 @@ NAMESPACE = "squeezellm_hf"
 
 LUT_LINEAR = f"{NAMESPACE}::lut_linear"
 LUT_LINEAR_NO_GRAD = f"{NAMESPACE}::lut_linear_no_grad"
+LUT_LINEAR_GROUP = f"{NAMESPACE}::lut_linear_group"
 LUT_DEQUANTIZE = f"{NAMESPACE}::lut_dequantize"
 # The same for models that are to run on plain PyTorch: no library has kernels for these.
 LUT_LINEAR_REFERENCE = f"{NAMESPACE}::lut_linear_reference"
@@ -23,6 +27,11 @@ for _name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD, LUT_LINEAR_REFERENCE):
         "(Tensor x, Tensor qweight, Tensor lookup_table, Tensor? crow_indices, "
         "Tensor? col_indices, Tensor? values, Tensor? bias, int bits) -> Tensor",
     )
+torch.library.define(
+    LUT_LINEAR_GROUP,
+    "(Tensor x, Tensor[] qweight, Tensor[] lookup_table, Tensor?[] crow_indices, "
+    "Tensor?[] col_indices, Tensor?[] values, Tensor?[] bias, int bits) -> Tensor[]",
+)
 for _name in (LUT_DEQUANTIZE, LUT_DEQUANTIZE_REFERENCE):
     torch.library.define(
         _name,
@@ -45,6 +54,20 @@ def _(
     bits: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@torch.library.register_fake(LUT_LINEAR_GROUP)
+def _(
+    x: Tensor,
+    qweight: list[Tensor],
+    lookup_table: list[Tensor],
+    crow_indices: list[Tensor | None],
+    col_indices: list[Tensor | None],
+    values: list[Tensor | None],
+    bias: list[Tensor | None],
+    bits: int,
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in qweight]
 
 
 @torch.library.register_fake(LUT_DEQUANTIZE)

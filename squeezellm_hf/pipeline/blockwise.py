@@ -112,12 +112,14 @@ def quantize_blockwise(
         left = set(names)
         for part in parts_of(names, plan, linears):
             left.difference_update(part)
-            # The solver copies what it works on: the originals wait in CPU memory.
-            own = {name: h.cpu() for name, h in hessians.of_each(part).items()} if hessians else {}
+            if unfinished.isdisjoint(part):
+                continue
+            own: dict[str, Tensor] = {}
             if hessians is not None:
+                # The solver copies what it works on: the originals wait in CPU memory.
+                own = {name: hessian.cpu() for name, hessian in hessians.of_each(part).items()}
                 hessians.keep(left)
-            if not unfinished.isdisjoint(part):
-                quantize(part, fisher.sums, own)
+            quantize(part, fisher.sums, own)
         return result
 
     with frozen(model):

@@ -11,6 +11,10 @@ tables of k-means. The scale s (1 if all that were exact) is measured: some laye
 one at a time, and the divergence of the model is taken on sequences that calibration did not see.
 Any change, however small, also changes how a 16-bit model rounds: what that amounts to is measured
 with the change that is predicted to matter least, and subtracted.
+
+All layers together do more than the sum of each alone. Where that matters, for a divergence that is
+asked for, the first choice is tried: all of its layers are quantized, s is corrected by the
+divergence that they have together, and the choice is made anew.
 """
 
 import math
@@ -27,7 +31,13 @@ from squeezellm_hf.calibration.divergence import ReferenceLogits
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters, fisher_errors, stored_bytes
 from squeezellm_hf.pipeline.allocation import Allocation, allocate
 from squeezellm_hf.pipeline.plan import Plan
-from squeezellm_hf.pipeline.probes import Statistics, calibrate, measure_probes, probe_cases
+from squeezellm_hf.pipeline.probes import (
+    Statistics,
+    calibrate,
+    measure_probes,
+    measure_together,
+    probe_cases,
+)
 from squeezellm_hf.pipeline.work_dir import WorkDir
 
 LEAST_BITS = 2
@@ -46,7 +56,8 @@ class BudgetReport:
             token; None until it is quantized.
         gap: how much of predicted_kl (with average_bits) or of the bytes (with target_kl) a better
             allocation could save at most; 0: it is the optimum.
-        scale: s, the geometric mean of measured over predicted divergence of the probes.
+        scale: s, the geometric mean of measured over predicted divergence of the probes; with
+            target_kl, corrected by the trial.
         correlation: of the logarithms of both, over the probes; None for fewer than 3.
         probes: layers whose divergence was measured, and is not lost in rounding.
         rounding_kl: divergence that rounding alone brings, in nats a token.
@@ -136,15 +147,22 @@ class BitAllocator:
             found_sizes = (stored_bytes(out_features, in_features, each) for each in options[name])
             sizes[name] = [float(size) for size in found_sizes]
         weights = sum(linear.weight.numel() for linear in linears.values())
-        kl = {name: [found.scale * error for error in each] for name, each in errors.items()}
-        allocation = self._allocate(list(sizes.values()), list(kl.values()), weights)
-        chosen = dict(zip(plan, allocation.choices, strict=True))
+        scale = found.scale
+        chosen, gap = self._choose(sizes, errors, scale, weights)
+        if self.target_kl is not None:
+            trial = {name: options[name][c] for name, c in chosen.items()}
+            kl = measure_together(
+                model, linears, trial, self._reference, statistics, run, progress=progress
+            )
+            if kl > 2 * measured[0]:
+                scale = (kl - measured[0]) / math.fsum(errors[n][c] for n, c in chosen.items())
+                chosen, gap = self._choose(sizes, errors, scale, weights)
         self.report = BudgetReport(
             bits_per_weight=8 * sum(sizes[name][c] for name, c in chosen.items()) / weights,
-            predicted_kl=math.fsum(kl[name][c] for name, c in chosen.items()),
+            predicted_kl=math.fsum(scale * errors[name][c] for name, c in chosen.items()),
             measured_kl=None,
-            gap=allocation.gap,
-            scale=found.scale,
+            gap=gap,
+            scale=scale,
             correlation=found.correlation,
             probes=found.count,
             rounding_kl=measured[0],
@@ -164,6 +182,18 @@ class BitAllocator:
                 "predicted. A lower target_kl gives it more bits",
                 stacklevel=2,
             )
+
+    def _choose(
+        self,
+        sizes: dict[str, list[float]],
+        errors: dict[str, list[float]],
+        scale: float,
+        weights: int,
+    ) -> tuple[dict[str, int], float]:
+        """Which candidate each layer takes, and the gap."""
+        kl = {name: [scale * error for error in each] for name, each in errors.items()}
+        allocation = self._allocate(list(sizes.values()), list(kl.values()), weights)
+        return dict(zip(sizes, allocation.choices, strict=True)), allocation.gap
 
     def _allocate(
         self, sizes: list[list[float]], kl: list[list[float]], weights: int

@@ -1,10 +1,11 @@
-"""The true divergence of a model with one layer quantized, for some layers."""
+"""The true divergence of a model with one layer quantized, for some layers; and with all."""
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from squeezellm_hf.calibration.divergence import ReferenceLogits
 from squeezellm_hf.calibration.hessian import Hessians
 from squeezellm_hf.methods.squeezellm import SqueezeLLMParameters, WeightMatrix, quantize_weights
 from squeezellm_hf.nn import SqueezeLLMLinear
+from squeezellm_hf.pipeline.passes import parts_of
+from squeezellm_hf.pipeline.plan import Plan
 from squeezellm_hf.pipeline.work_dir import WorkDir
 
 # Layers that are measured.
@@ -45,49 +48,97 @@ def measure_probes(
         run: keeps what was measured.
         progress: show a progress bar.
     """
-    data = hashlib.sha256(reference.sequences.numpy().tobytes()).hexdigest()
+
+    def measure(changes: Plan) -> float:
+        with _Quantized(linears, *statistics()) as quantized:
+            quantized.change(changes)
+            return reference.divergence(model)
+
     measured = []
     for name, parameters in tqdm(probes, desc="Probing", unit="layer", disable=not progress):
-        key = parameters, data
-        kept = run.load_layer(name, key, "divergence") if run else None
-        if kept is None:
-            fisher, hessians = statistics()
-            hessian = None
-            if hessians is not None and name in hessians.linears:
-                hessian = hessians.of(name)
-            else:
-                parameters = replace(parameters, codebook="kmeans")
-            with _Quantized(linears[name], fisher[name], hessian, parameters):
-                kl = reference.divergence(model)
-            kept = {"divergence": torch.tensor(kl, dtype=torch.float64)}
-            if run is not None:
-                run.save_layer(name, key, kept, "divergence")
-        measured.append(float(kept["divergence"]))
+        probe = partial(measure, {name: parameters})
+        measured.append(_measured_once(run, name, parameters, reference, probe))
     return measured
 
 
+def measure_together(
+    model: nn.Module,
+    linears: Mapping[str, Any],
+    plan: Plan,
+    reference: ReferenceLogits,
+    statistics: Statistics,
+    run: WorkDir | None,
+    *,
+    progress: bool = True,
+) -> float:
+    """The model's divergence with all layers of ``plan`` quantized.
+
+    Arguments as for :func:`measure_probes`. The original weights wait in CPU memory meanwhile.
+    """
+
+    def measure() -> float:
+        title = {"desc": "Trial", "unit": "layer", "disable": not progress, "total": len(plan)}
+        with _Quantized(linears, *statistics()) as quantized, tqdm(**title) as bar:
+            for part in parts_of(plan, plan, linears):
+                quantized.change({name: plan[name] for name in part})
+                bar.update(len(part))
+            return reference.divergence(model)
+
+    return _measured_once(run, "all", list(plan.items()), reference, measure)
+
+
+def _measured_once(
+    run: WorkDir | None,
+    name: str,
+    parameters: Any,
+    reference: ReferenceLogits,
+    measure: Callable[[], float],
+) -> float:
+    """What ``measure`` gives, or gave in an earlier run with the same parameters and sequences."""
+    key = parameters, hashlib.sha256(reference.sequences.numpy().tobytes()).hexdigest()
+    kept = run.load_layer(name, key, "divergence") if run else None
+    if kept is None:
+        kept = {"divergence": torch.tensor(measure(), dtype=torch.float64)}
+        if run is not None:
+            run.save_layer(name, key, kept, "divergence")
+    return float(kept["divergence"])
+
+
 class _Quantized:
-    """While it lasts, the weight of a layer is what quantization would make of it."""
+    """While it lasts, weights of layers are what quantization would make of them."""
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        fisher: Tensor,
-        hessian: Tensor | None,
-        parameters: SqueezeLLMParameters,
+        self, linears: Mapping[str, Any], fisher: Mapping[str, Tensor], hessians: Hessians | None
     ) -> None:
-        self._linear, self._weight = linear, linear.weight.data
-        (tensors,) = quantize_weights([WeightMatrix(self._weight, fisher, parameters, hessian)])
-        layer = SqueezeLLMLinear.from_tensors(
-            tensors, bits=parameters.bits, in_features=self._weight.shape[1]
-        )
-        self._changed = layer.dequantize(self._weight.dtype)
+        self._linears, self._fisher, self._hessians = linears, fisher, hessians
+        self._original: dict[str, Tensor] = {}
 
-    def __enter__(self) -> None:
-        self._linear.weight.data = self._changed
+    def change(self, plan: Plan) -> None:
+        """Quantize some more layers, side by side; without a Hessian that they need, by k-means."""
+        hessians = self._hessians.of_each(plan) if self._hessians is not None else {}
+        matrices = []
+        for name, asked in plan.items():
+            found = hessians.get(name)
+            parameters = asked if found is not None else replace(asked, codebook="kmeans")
+            weight = self._linears[name].weight.data
+            matrices.append(WeightMatrix(weight, self._fisher[name], parameters, found, name))
+        for (name, parameters), tensors in zip(
+            plan.items(), quantize_weights(matrices), strict=True
+        ):
+            linear = self._linears[name]
+            layer = SqueezeLLMLinear.from_tensors(
+                tensors, bits=parameters.bits, in_features=linear.weight.shape[1]
+            )
+            changed = layer.dequantize(linear.weight.dtype)
+            self._original[name] = linear.weight.data.cpu()
+            linear.weight.data = changed
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *error: object) -> None:
-        self._linear.weight.data = self._weight
+        for name, weight in self._original.items():
+            self._linears[name].weight.data = weight.to(self._linears[name].weight.device)
 
 
 def probe_cases(

@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+from torch._inductor import config as inductor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
+    pipeline,
+    set_seed,
+)
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from squeezellm_hf import SqueezeLLMConfig
+from squeezellm_hf.nn import grouping
 from tests.tiny_checkpoint import write
 
 NEW = 12
@@ -150,3 +158,29 @@ def test_chat_in_a_pipeline(path: Path) -> None:
     answer = generator(chat, max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert answer[0] == chat[0]
     assert answer[1]["role"] == "assistant"
+
+
+def test_compiled_decoding_groups_the_layers_of_one_input(model, tokenizer) -> None:
+    """Of a block's seven calls four are left: generate's own compilation runs the pass."""
+    seen: list[list[str]] = []
+
+    class Recorded(grouping.GroupLinears):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            names = [str(node.target).split(".")[-2:-1] for node in graph.nodes]
+            seen.append([name[0] for name in names if name and name[0].startswith("lut_linear")])
+
+    def is_row(x: torch.Tensor) -> bool:
+        return x.shape[:-1].numel() == 1
+
+    compile_config = CompileConfig(fullgraph=True, mode="reduce-overhead")
+    compile_config._compile_all_devices = True
+    inputs = tokenizer(PROMPTS[1], return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": NEW, "cache_implementation": "static"}
+    expected = model.generate(**inputs, **options, disable_compile=True)
+    torch._dynamo.reset()
+    with inductor.patch(post_grad_custom_pre_pass=Recorded(is_row)):
+        actual = model.generate(**inputs, **options, compile_config=compile_config)
+    assert torch.equal(actual, expected)
+    block = ["lut_linear_group", "lut_linear_no_grad"] * 2
+    assert seen == [block * model.config.num_hidden_layers]

@@ -10,6 +10,8 @@ from tests.ops.oracle import TORCH_DTYPES, make_weight, make_x
 
 # Read 16 bytes at a time with rows to spare in the last tile, and a size that nothing divides.
 SHAPES = [(136, 512), (33, 77)]
+# Of which blocks share tiles on an H200, from 65 activations on.
+SHARED = (11000, 2048)
 
 
 def end_amid_a_chunk(tensors: dict[str, torch.Tensor]) -> None:
@@ -45,6 +47,23 @@ def call(
     ops.lut_dequantize(**tensors, bits=bits, in_features=shape[1], dtype=TORCH_DTYPES[dtype])
 
 
+def call_group(bits: int, density: float, hostile: bool = False) -> None:
+    """Weights of one x in one launch, the last tile of each cut short."""
+    made = [
+        make_weight(rows, 512, bits, density=density, full_row=True, table_dtype="bf16")
+        for rows in (136, 33, 5)
+    ]
+    tensors = [{name: t.cuda() for name, t in weight.tensors.items()} for weight in made]
+    names = ("qweight", "lookup_table", "crow_indices", "col_indices", "values", "bias")
+    for weight in tensors if hostile else ():
+        for name in ("crow_indices", "col_indices"):
+            limits = torch.iinfo(weight[name].dtype)
+            weight[name].random_(limits.min, limits.max)
+    print(f"a group, {bits} bits, {density:.0%} sparse", flush=True)
+    lists = ([weight.get(name) for weight in tensors] for name in names)
+    torch.ops.squeezellm_hf.lut_linear_group(make_x(1, 512, "bf16").cuda(), *lists, bits)
+
+
 def main(batches: list[int]) -> None:
     if not native.status().cuda_loaded:
         raise SystemExit(f"the CUDA kernels are not loaded: {native.status().cuda_reason}")
@@ -53,6 +72,12 @@ def main(batches: list[int]) -> None:
             call(batches, shape, bits, 0.0, "bf16")
             call(batches, shape, bits, 0.05, "fp16")
         call(batches, shape, 4, 0.05, "bf16", hostile=True)
+    if 1 in batches:
+        for bits in (2, 3, 4):
+            call_group(bits, 0.0)
+            call_group(bits, 0.05)
+        call_group(4, 0.05, hostile=True)
+    call([batch for batch in batches if 64 < batch <= 100], SHARED, 4, 0.0, "bf16")
     # Without torch's product after it, which has ended with an illegal access under racecheck
     # 2025.3 although it is not watched.
     call([], SHAPES[0], 7, 0.05, "fp16")

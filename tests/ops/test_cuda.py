@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [(1, 1), (1, 77), (33, 1), (49, 2051), (18, 576), (130, 1536), (200, 512), (31, 8192)]
 MANY_ROWS = (4109, 256)  # of which few activations take another way than of few
 # Small batches; tensor cores with 16 to 256 columns; dequantization and torch's product.
-BATCHES = [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 65, 129, 256, 300, 600, 1100]
+BATCHES = [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 65, 129, 256, 300, 600, 1100, 2100]
 FUSED_BITS = (2, 3, 4)  # other widths are dequantized and left to torch
 SMALL_BATCH = 8  # up to here, sparse values are multiplied as they are
 DTYPES = ["fp16", "bf16"]
@@ -66,14 +66,9 @@ def has_warpgroups() -> bool:
 
 def most_fused(weight: Weight) -> int:
     """The largest batch for which the weight is not dequantized first."""
-    rows, columns = weight.matrix.shape
     if not has_warpgroups():
         return 128
-    if "values" in weight.tensors:
-        return 256
-    if columns < 8192 and rows > 8192:
-        return 512
-    return 2048 if columns >= 8192 else 1024
+    return 256 if "values" in weight.tensors else 2048
 
 
 def torch_slack(batch: int, weight: Weight) -> float:
@@ -140,6 +135,18 @@ def test_small_batches_of_many_rows(bits: int, sparse: bool) -> None:
             assert_close(linear(x[:batch], weight), x[:batch], weight)
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(11000, "bf16"), (10997, "fp16")])
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_larger_batches_of_many_rows(bits: int, rows: int, dtype: str) -> None:
+    """On an H200: one tile a block and several, tiles that blocks share, one cut short."""
+    weight = make_weight(rows, 2048, bits, table_dtype=dtype)
+    x = make_x(700, 2048, dtype)
+    bias = torch.linspace(-1, 1, rows)
+    for batch in (65, 100, 256, 300, 500, 700):
+        y = linear(x[:batch], weight, bias)
+        assert_close(y, x[:batch], as_multiplied(weight, batch, dtype), bias.double().numpy())
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     out_features=st.integers(1, 400),
@@ -200,6 +207,18 @@ def test_sparse_rows_of_every_kind(batch: int, table_dtype: str) -> None:
         # The dense part alone is rounded to the dtype of x.
         expected = as_multiplied(weight, batch, "fp16")
         assert_close(linear(x, weight), x, expected, slack=0 if table_dtype == "fp16" else 5e-4)
+
+
+@pytest.mark.parametrize("batch", [5, 12, 24, 40, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_full_row_among_short_ones(batch: int, dtype: str) -> None:
+    """It is shared among more warps than the others; rows and columns that divide unevenly."""
+    for shape in ((150, 9024), (9000, 288)):
+        weight = make_weight(
+            *shape, 4, density=0.004, empty_rows=True, full_row=True, table_dtype=dtype
+        )
+        x = make_x(batch, shape[1], dtype)
+        assert_close(linear(x, weight), x, as_multiplied(weight, batch, dtype))
 
 
 @pytest.mark.parametrize("batch", [1, 16, 300])
@@ -315,16 +334,24 @@ def test_thousands_of_calls_one_behind_the_other(bits: int, batch: int, density:
         assert all(torch.equal(y, expected) for y in outputs)
 
 
-@pytest.mark.parametrize("batch", [12, 24, 40])
-def test_calls_one_behind_the_other_have_activations_of_their_own(batch: int) -> None:
-    """Calls in a graph take the same memory in turn for a copy of x."""
-    weight = on_gpu(make_weight(4096, 1024, 4))
-    xs = [make_x(batch, 1024, "bf16", seed).cuda() for seed in range(3)]
+@pytest.mark.parametrize(
+    ("shape", "density", "batch"),
+    [((4096, 1024), density, batch) for density in (0.0, 0.005) for batch in (12, 24, 40)]
+    + [((11000, 2048), 0.0, batch) for batch in (100, 500)],
+)
+def test_calls_one_behind_the_other_have_memory_of_their_own(
+    shape: tuple[int, int], density: float, batch: int
+) -> None:
+    """Calls in a graph take the same memory in turn: for copies of x, and sums for other blocks."""
+    weight = on_gpu(make_weight(*shape, 4, density=density))
+    xs = [make_x(batch, shape[1], "bf16", seed).cuda() for seed in range(3)]
     expected = [ops.lut_linear(x, **weight, bits=4) for x in xs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [ops.lut_linear(xs[i % 3], **weight, bits=4) for i in range(60)]
-    for _ in range(20):
+    for _ in range(40):
+        for y in outputs:
+            y.fill_(float("nan"))
         graph.replay()
         assert all(torch.equal(y, expected[i % 3]) for i, y in enumerate(outputs))
 
@@ -349,7 +376,7 @@ def test_graphs_and_streams(batch: int) -> None:
         assert torch.equal(replayed, expected)
 
 
-@pytest.mark.parametrize("batch", [1, 8, 20, 300])
+@pytest.mark.parametrize("batch", [1, 8, 12, 20, 40, 300])
 def test_no_row_pointer_or_column_leads_out_of_bounds(batch: int) -> None:
     """Not more than that it runs: compute-sanitizer sees the accesses."""
     weight = on_gpu(make_weight(64, 512, 4, density=0.05))
@@ -364,7 +391,7 @@ def test_no_row_pointer_or_column_leads_out_of_bounds(batch: int) -> None:
     assert matrix.shape == (64, 512)
 
 
-@pytest.mark.parametrize("batch", [1, 8, 20, 300])
+@pytest.mark.parametrize("batch", [1, 8, 12, 20, 40, 300])
 def test_row_pointers_at_the_ends_of_int32_hold_nothing(batch: int) -> None:
     """A lane's place beyond such a pointer, or a row's length, must not wrap around."""
     weight = make_weight(64, 512, 4, density=0.05)

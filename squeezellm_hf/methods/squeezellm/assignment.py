@@ -9,6 +9,8 @@ so the best entry for weight i, all others held, is the one nearest to t_i. One 
 column once; no step raises the objective.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,28 @@ def midpoints(table: Tensor) -> Tensor:
     return 0.5 * table[..., 1:] + 0.5 * table[..., :-1]
 
 
+class _Block(NamedTuple):
+    """Some columns of a sweep: all [B, columns, R] unless noted.
+
+    Attributes:
+        target: where each weight should be, after all steps so far.
+        values: as for :func:`coordinate_descent`, overwritten.
+        step: how far each value went.
+        kept: as for :func:`coordinate_descent`.
+        coupling: [B, columns, columns], how a step moves the targets of the others.
+        table: [B, R, k].
+        middle: see :func:`_nearest`.
+    """
+
+    target: Tensor
+    values: Tensor
+    step: Tensor
+    kept: Tensor
+    coupling: Tensor
+    table: Tensor
+    middle: Tensor
+
+
 def _sweep_block(
     hessian: Tensor,
     block: slice,
@@ -61,31 +85,31 @@ def _sweep_block(
     target = current - torch.bmm(hessian[:, block], error) / scale
     coupling = hessian[:, block, block] / scale
     step = torch.empty_like(target)
-    counts = _counts(table)
-
-    def visit(start: int, stop: int) -> None:
-        """Choose entries for columns from start to stop, whose targets know all earlier steps."""
-        if stop - start > _LEAF:
-            half = start + (stop - start) // 2
-            visit(start, half)
-            target[:, half:stop] -= torch.bmm(
-                coupling[:, half:stop, start:half], step[:, start:half]
-            )
-            visit(half, stop)
-            return
-        for i in range(start, stop):
-            index = _nearest(middle, target[:, i], counts)
-            old = current[:, i]
-            new = torch.where(kept[:, block.start + i], table.gather(2, index)[:, :, 0], old)
-            torch.sub(new, old, out=step[:, i])
-            old.copy_(new)
-            if i + 1 < stop:
-                target[:, i + 1 : stop].addcmul_(
-                    coupling[:, i + 1 : stop, i, None], step[:, i, None], value=-1
-                )
-
-    visit(0, target.shape[1])
+    columns = _Block(target, current, step, kept[:, block], coupling, table, middle)
+    _visit(columns, 0, target.shape[1])
     error[:, block] += step
+
+
+def _visit(block: _Block, start: int, stop: int) -> None:
+    """Choose entries for columns from start to stop, whose targets know all earlier steps."""
+    target, step, coupling = block.target, block.step, block.coupling
+    if stop - start > _LEAF:
+        half = start + (stop - start) // 2
+        _visit(block, start, half)
+        target[:, half:stop] -= torch.bmm(coupling[:, half:stop, start:half], step[:, start:half])
+        _visit(block, half, stop)
+        return
+    counts = _counts(block.table)
+    for i in range(start, stop):
+        index = _nearest(block.middle, target[:, i], counts)
+        old = block.values[:, i]
+        new = torch.where(block.kept[:, i], block.table.gather(2, index)[:, :, 0], old)
+        torch.sub(new, old, out=step[:, i])
+        old.copy_(new)
+        if i + 1 < stop:
+            target[:, i + 1 : stop].addcmul_(
+                coupling[:, i + 1 : stop, i, None], step[:, i, None], value=-1
+            )
 
 
 def _counts(table: Tensor) -> bool:

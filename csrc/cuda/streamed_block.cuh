@@ -1,0 +1,94 @@
+// A block of linear_streamed: its copies, its barriers, and which warp does what.
+#pragma once
+
+#include "streamed_dense.cuh"
+#include "streamed_sums.cuh"
+#include "streamed_tables.cuh"
+
+namespace squeezellm_hf::cuda::streamed {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// All copies, for all tiles of the block: by one thread, whose addresses are thereby the same for its warp.
+template <class T, int kBits, int kBatch, int kWarps, class Weights>
+__device__ void order_copies(Shared<T, kBits, kBatch, kWarps>& shared, unsigned char* ring, Weights weights,
+                             const Plan& plan, const Work& work) {
+  using U = Unit<kBits>;
+  Slot slot{0};
+  int early = kEarlyStages;
+  for (int count = 0; count < work.tiles; ++count) {
+    const Tile tile = weights.tile(work.tile(count));
+    for (int stage = 0; stage < plan.stages; ++stage) {
+      // x must not queue behind a whole ring.
+      if (early-- == 0) wait(shared.x_full, 0);
+      wait(shared.empty[slot.index], slot.parity ^ 1);
+      unsigned char* target = ring + slot.index * U::kSlotBytes;
+      uint64_t& full = shared.full[slot.index];
+      arrive_expecting(full, U::kSlotBytes);
+#pragma unroll
+      for (int box = 0; box < U::kStageBytes / kBoxRowBytes; ++box) {
+        const int byte = stage * U::kStageBytes + box * kBoxRowBytes;
+        copy_tile(target + box * kBoxBytes, weights.map(tile.weight), byte / 4, tile.row, full);
+      }
+      slot.advance(1, plan.ring);
+    }
+  }
+}
+
+template <class T, int kBits, int kBatch, int kWarps>
+__device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps>& shared, const LinearCall& call,
+                                    const Plan& plan) {
+  using D = Duties<kWarps>;
+  for (int i = 0; i < plan.ring; ++i) {
+    initialize_barrier(shared.full[i], 1);
+    initialize_barrier(shared.empty[i], kStageWarps * kArrivingLanes);
+  }
+  for (int i = 0; i < kTableBuffers; ++i) {
+    initialize_barrier(shared.tables_full[i], D::kFillWarps * kArrivingLanes);
+    initialize_barrier(shared.tables_empty[i], kWarps * kArrivingLanes);
+  }
+  for (int i = 0; i < kSumBuffers; ++i) {
+    const int sum_warps = kWarps + (call.weight.crow_indices != nullptr ? D::kSumWarps : 0);
+    initialize_barrier(shared.sums_full[i], sum_warps * kArrivingLanes);
+    initialize_barrier(shared.sums_empty[i], kArrivingLanes);
+  }
+  initialize_barrier(shared.x_full, kWarps * kArrivingLanes);
+  fence_barriers();
+}
+
+template <class T, int kBits, int kBatch, int kWarps, class Weights>
+__device__ void run_block(unsigned char* memory, Weights weights, const Plan& plan) {
+  using D = Duties<kWarps>;
+  auto& shared = *reinterpret_cast<Shared<T, kBits, kBatch, kWarps>*>(memory);
+  unsigned char* x = memory + sizeof(shared);
+  unsigned char* ring = memory + ring_offset(sizeof(shared) + kBatch * plan.x_stride);
+  const LinearCall& call = weights.call;
+  const Work work(weights.tiles());
+  const int lane = threadIdx.x % kWarpLanes;
+  // The shuffle tells the compiler that a warp's lanes agree on it.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarpLanes, 0);
+
+  // The longest way to the first products begins before the barriers are there.
+  TablePart<T, kBits, D::kFillWarps, Weights> tables(weights, warp - kWarps, lane);
+  if (warp >= kWarps && warp < kWarps + D::kFillWarps) tables.load(work.tile(0));
+  if (warp == D::kCopyWarp) weights.prefetch_maps(lane);
+  if (threadIdx.x == 0) initialize_barriers(shared, call, plan);
+  __syncthreads();
+  // The next kernel may start where this one's blocks have ended; until the previous one is complete,
+  // only weights are read.
+  allow_next_kernel();
+  if (warp < kWarps) {
+    load_x<T, kBits, kWarps>(x, shared.x_full, call, plan);
+    multiply_dense(shared, ring, x, call, plan, work, warp, lane);
+  } else if (warp < kWarps + D::kFillWarps) {
+    fill_tables(shared, tables, work, lane);
+  } else if (warp < D::kCopyWarp) {
+    sum_up(shared, weights, x, plan, work, warp - kWarps - D::kFillWarps, lane);
+  } else if (elect_lane()) {
+    order_copies(shared, ring, weights, plan, work);
+  }
+}
+
+#endif
+
+}  // namespace squeezellm_hf::cuda::streamed

@@ -1,0 +1,72 @@
+// What the host decides for linear_streamed: how many blocks there are, and how each divides its shared memory.
+#pragma once
+
+#include "streamed_layout.cuh"
+
+namespace squeezellm_hf::cuda::streamed {
+
+// Of a block; each takes a kilobyte more than it may use.
+template <int kWarps>
+int block_memory(const LinearCall& call) {
+  constexpr int kReserved = 1024;
+  return (call.shared_memory + kReserved) / Duties<kWarps>::kBlocks - kReserved;
+}
+
+// Whether two blocks a multiprocessor are faster than one. While one of them ends a tile, or waits for a sparse
+// part, the other goes on; but a tile takes each of them twice as long, and the last tiles may leave many idle.
+inline bool prefers_narrow(const LinearCall& call, int tiles) {
+  constexpr int kLongRow = 8192;  // with few ends of tiles to cover
+  const auto rounds = [&](int blocks) { return (tiles + blocks - 1) / blocks; };
+  const int percent = call.weight.crow_indices != nullptr ? 125 : 110;  // of the other's time; measured
+  return call.weight.in_features <= kLongRow &&
+         2 * rounds(2 * call.multiprocessors) * 100 <= rounds(call.multiprocessors) * percent;
+}
+
+// The ring is empty where x does not fit.
+template <class T, int kBits, int kBatch, int kWarps>
+Plan make_plan(const LinearCall& call) {
+  using U = Unit<kBits>;
+  Plan plan{};
+  plan.stages = (call.weight.in_features + U::kStageWeights - 1) / U::kStageWeights;
+  // Between columns of x: lest the lanes of a load meet in a bank.
+  const int64_t x_stride = int64_t{plan.stages} * U::kStageWeights * 2 + (kBatch > 1 ? 128 / kBatch : 0);
+  const int64_t used = sizeof(Shared<T, kBits, kBatch, kWarps>) + kBatch * x_stride;
+  const int64_t room = block_memory<kWarps>(call) - (used + 1023) / 1024 * 1024;
+  if (room < 0) return plan;
+  plan.x_stride = static_cast<int>(x_stride);
+  plan.ring = static_cast<int>(room / U::kSlotBytes);
+  if (plan.ring > kMaxStages) plan.ring = kMaxStages;
+  plan.ring -= plan.ring % Duties<kWarps>::kStageStride;
+  return plan;
+}
+
+// Of a weight's packed rows, in boxes.
+inline cudaError_t map_weight(const LutWeight& weight, CUtensorMap& map) {
+  return make_tensor_map({CU_TENSOR_MAP_DATA_TYPE_INT32, weight.qweight, static_cast<uint64_t>(weight.words_per_row),
+                          static_cast<uint64_t>(weight.out_features), static_cast<uint64_t>(weight.words_per_row) * 4,
+                          kBoxRowBytes / 4, kRows, CU_TENSOR_MAP_SWIZZLE_128B},
+                         map);
+}
+
+// Launches kernel(call, weights, plan), which goes through `tiles` tiles, to overlap the previous one's end.
+template <int kWarps, class Weights>
+cudaError_t launch_blocks(void (*kernel)(LinearCall, Weights, Plan), const LinearCall& call, const Weights& weights,
+                          const Plan& plan, int tiles) {
+  const int bytes = block_memory<kWarps>(call);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int blocks = call.multiprocessors * Duties<kWarps>::kBlocks;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = tiles < blocks ? tiles : blocks;
+  config.blockDim = Duties<kWarps>::kThreads;
+  config.dynamicSmemBytes = bytes;
+  config.stream = call.stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, call, weights, plan);
+}
+
+}  // namespace squeezellm_hf::cuda::streamed

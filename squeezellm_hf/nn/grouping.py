@@ -1,0 +1,167 @@
+"""In graphs that torch.compile makes: quantized layers of one input as one call.
+
+A kernel that multiplies one row by a small weight takes some 3 us beside its bytes, more where the
+kernel before it does not say that it ends. Of a transformer's block, the query, key and value
+projections share an input, and so do the two halves of a gated MLP.
+
+Inductor runs :class:`GroupLinears` as ``torch._inductor.config.post_grad_custom_pre_pass``, its
+hook for passes of others. There is one, which is left alone where it is taken.
+
+Environment:
+    SQUEEZELLM_HF_GROUP_LINEARS: ``0``: the pass is not installed.
+"""
+
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+
+from squeezellm_hf.ops import native
+
+MOST = 4  # weights that share a launch: kMostGrouped in csrc/cuda/weight.h
+
+_LINEAR = torch.ops.squeezellm_hf.lut_linear_no_grad.default
+_GROUP = torch.ops.squeezellm_hf.lut_linear_group.default
+_TRACED = "eager_input_vals"  # in a node's meta
+
+
+def is_one_launch(x: Tensor) -> bool:
+    """Whether several weights by ``x`` can be one launch: see ``linear_streamed_group.cu``."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.float16, torch.bfloat16)
+        # A size that is not known is never 1.
+        and all(isinstance(size, int) and size == 1 for size in x.shape[:-1])
+        and torch.cuda.get_device_capability(x.device)[0] >= 9
+    )
+
+
+class GroupLinears(CustomGraphPass):
+    """Puts one ``lut_linear_group`` for several ``lut_linear_no_grad`` with one x and one width.
+
+    It stands where the first of them stood; calls that need what is computed later, or that come
+    after something is written in place, are none of its group.
+
+    Args:
+        suits: whether calls with this x, a fake tensor, are to be grouped.
+    """
+
+    def __init__(self, suits: Callable[[Tensor], bool] = is_one_launch) -> None:
+        self._suits = suits
+
+    def __call__(self, graph: Graph) -> None:
+        position = {node: index for index, node in enumerate(graph.nodes)}
+        for group in self._groups(graph, position):
+            _replace(graph, group, position)
+
+    def uuid(self) -> Any:
+        """What Inductor's caches know the pass by; None: compiled graphs are not cached."""
+        return get_hash_for_files((__file__,)) if self._suits is is_one_launch else None
+
+    def _groups(self, graph: Graph, position: Mapping[Node, int]) -> list[list[Node]]:
+        groups: list[list[Node]] = []
+        latest: dict[tuple[Node, int], list[Node]] = {}
+        for node in graph.nodes:
+            if _may_write(node):
+                latest.clear()
+            if not self._is_candidate(node):
+                continue
+            x, bits = node.args[0], node.args[-1]
+            group = latest.get((x, bits))
+            if group is None or len(group) == MOST or _needs_later(node, group[0], position):
+                group = latest[x, bits] = []
+                groups.append(group)
+            group.append(node)
+        return [group for group in groups if len(group) > 1]
+
+    def _is_candidate(self, node: Node) -> bool:
+        if node.op != "call_function" or node.target is not _LINEAR or node.kwargs:
+            return False
+        x = node.args[0]
+        return (
+            isinstance(x, Node)
+            and isinstance(x.meta.get("val"), Tensor)
+            and "val" in node.meta
+            and len(node.args) == len(_LINEAR._schema.arguments)
+            and self._suits(x.meta["val"])
+        )
+
+
+def _may_write(node: Node) -> bool:
+    """Whether the node changes a tensor in place, as far as its schema tells."""
+    if node.op != "call_function":
+        return node.op in ("call_method", "call_module")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _needs_later(node: Node, place: Node, position: Mapping[Node, int]) -> bool:
+    """Whether the node needs what is computed behind ``place``; constants may be taken earlier."""
+    return any(
+        position[needed] > position[place] and needed.op != "get_attr"
+        for needed in node.all_input_nodes
+    )
+
+
+def _replace(graph: Graph, group: list[Node], position: dict[Node, int]) -> None:
+    first = group[0]
+    for node in group[1:]:
+        for needed in node.all_input_nodes:
+            if position.get(needed, -1) > position[first]:  # a constant
+                first.prepend(needed)
+                position[needed] = position[first]  # not to be moved again, behind its use here
+    with graph.inserting_before(first):
+        call = graph.call_function(_GROUP, _together([node.args for node in group]))
+        results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(group))]
+    call.meta = {**first.meta, "val": [node.meta["val"] for node in group]}
+    # The inputs as they were traced: Inductor lays out the new call's as these were.
+    traced = [call.meta.pop(_TRACED, None), *(node.meta.get(_TRACED) for node in group[1:])]
+    if None not in traced:
+        call.meta[_TRACED] = (_together([args for args, _ in traced]), {})
+    for node, result in zip(group, results, strict=True):
+        result.meta = {key: value for key, value in node.meta.items() if key != _TRACED}
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def _together(calls: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """Arguments of ``lut_linear_group`` from those of ``lut_linear_no_grad``."""
+    x, *tensors, bits = zip(*calls, strict=True)
+    return (x[0], *map(list, tensors), bits[0])
+
+
+_PASS = GroupLinears()
+_disabled = False
+
+
+def install() -> None:
+    """Have what this thread compiles from now on group its layers, where CUDA kernels are loaded.
+
+    torch 2.13 keeps Inductor's settings by thread. Does nothing where there is a pass already, or
+    after :func:`disable`.
+    """
+    wanted = not _disabled and os.environ.get("SQUEEZELLM_HF_GROUP_LINEARS", "1") != "0"
+    if wanted and native.status().cuda_loaded and config.post_grad_custom_pre_pass is None:
+        config.post_grad_custom_pre_pass = _PASS
+
+
+def disable() -> None:
+    """Undo :func:`install` in this thread; it does nothing any more, until :func:`enable`."""
+    global _disabled
+    _disabled = True
+    if config.post_grad_custom_pre_pass is _PASS:
+        config.post_grad_custom_pre_pass = None
+
+
+def enable() -> None:
+    """:func:`install`, and undo :func:`disable`."""
+    global _disabled
+    _disabled = False
+    install()
