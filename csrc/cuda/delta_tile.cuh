@@ -60,16 +60,27 @@ __device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
 }
 
 // By one warp: the tiles of all stages of a block, of the rows whose pages start at `begins`. A page's first entries
-// are loaded a stage ahead and kept, to be taken out again; of a longer page the rest is loaded when its turn comes,
-// and the whole tile is cleared after it.
+// are loaded some stages ahead, behind all of x that is on its way, and kept, to be taken out again; of a longer page
+// the rest is loaded when its turn comes, and the whole tile is cleared after it.
 __device__ __forceinline__ void keep_delta_tiles(DeltaRing& ring, const SparsePages& pages, int unit, int first_stage,
                                                  int stages) {
   constexpr int kKept = 2;  // of a lane
+  constexpr int kAhead = 4;
+  constexpr int kHeld = kDeltaSlots + kAhead;  // stages whose entries are in registers
+  static_assert(kHeld % kDeltaSlots == 0 && kAhead < kWarpLanes);
   constexpr uint32_t kNone = 0xffffffff;
+  constexpr uint32_t kAllLanes = 0xffffffff;
   const int lane = threadIdx.x % kWarpLanes;
   const int32_t* begins = pages.begins + int64_t{unit} * (pages.stages + 1);
   // Stages beyond the last are empty. What a kernel before has just written is read past the L1 cache.
-  const auto begin_of = [&](int stage) { return __ldcg(begins + min(first_stage + stage, pages.stages)); };
+  const auto load_begins = [&](int stage) { return __ldcg(begins + min(first_stage + stage + lane, pages.stages)); };
+  int begins_from = 0;  // the stage of the first lane's
+  int own_begin = load_begins(0);
+  int later_begin = load_begins(kWarpLanes);
+  const auto begin_of = [&](int stage) {
+    const int i = stage - begins_from;
+    return __shfl_sync(kAllLanes, i < kWarpLanes ? own_begin : later_begin, i % kWarpLanes);
+  };
   const auto load = [&](uint32_t (&words)[kKept], int begin, int end) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
@@ -81,49 +92,54 @@ __device__ __forceinline__ void keep_delta_tiles(DeltaRing& ring, const SparsePa
     if (word != kNone) reinterpret_cast<uint16_t*>(&tile)[word % kPageCells] = value;
   };
 
-  int begin = begin_of(0);
-  int end = begin_of(1);
-  int next_end = begin_of(2);
-  uint32_t words[kKept];
-  uint32_t last[kDeltaSlots][kKept];  // of the stages before, the oldest first
-  bool longer[kDeltaSlots] = {};      // whether they had more
-  load(words, begin, end);
+  uint32_t words[kHeld][kKept];  // of a stage, by its number
+  bool longer[kHeld] = {};       // whether it has more
 #pragma unroll
-  for (int i = 0; i < kDeltaSlots; ++i)
-#pragma unroll
-    for (int j = 0; j < kKept; ++j) last[i][j] = kNone;
-  int slot = 0;
-  uint32_t parity = 1;
-#pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage) {
-    uint32_t next[kKept];
-    load(next, end, next_end);
-    const int after = begin_of(stage + 3);
-    DeltaTile& tile = ring.tiles[slot];
-    wait(ring.free[slot], parity);
-    if (longer[0]) {
-      clear_delta_tile(tile, lane, kWarpLanes);
+  for (int i = 0; i < kHeld; ++i) {
+    if (i < kAhead) {
+      load(words[i], begin_of(i), begin_of(i + 1));
     } else {
 #pragma unroll
-      for (int i = 0; i < kKept; ++i) put(tile, last[0][i], 0);
+      for (int j = 0; j < kKept; ++j) words[i][j] = kNone;
     }
-    __syncwarp();  // a cell may be another lane's now
+  }
+#pragma unroll 1
+  for (int first = 0; first < stages; first += kHeld) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) put(tile, words[i], words[i] >> 16);
-    const int kept_end = begin + kKept * kWarpLanes;
-    for (int first = kept_end; first < end; first += kKept * kWarpLanes) {
-      uint32_t more[kKept];
-      load(more, first, end);
+    for (int held = 0; held < kHeld; ++held) {
+      const int stage = first + held;
+      if (stage >= stages) break;
+      if (stage - begins_from == kWarpLanes) {
+        begins_from = stage;
+        own_begin = later_begin;
+        later_begin = load_begins(stage + kWarpLanes);
+      }
+      constexpr int kSlots = kDeltaSlots;
+      const int before = (held + kAhead) % kHeld;  // the slot's last one, then that kAhead from now
+      DeltaTile& tile = ring.tiles[held % kSlots];
+      wait(ring.free[held % kSlots], (stage / kSlots & 1) ^ 1);
+      if (longer[before]) {
+        clear_delta_tile(tile, lane, kWarpLanes);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kKept; ++i) put(tile, more[i], more[i] >> 16);
+        for (int i = 0; i < kKept; ++i) put(tile, words[before][i], 0);
+      }
+      __syncwarp();  // a cell may be another lane's now
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) put(tile, words[held][i], words[held][i] >> 16);
+      const int end = begin_of(stage + 1);
+      const int kept_end = begin_of(stage) + kKept * kWarpLanes;
+      for (int rest = kept_end; rest < end; rest += kKept * kWarpLanes) {
+        uint32_t more[kKept];
+        load(more, rest, end);
+#pragma unroll
+        for (int i = 0; i < kKept; ++i) put(tile, more[i], more[i] >> 16);
+      }
+      longer[held] = kept_end < end;
+      __syncwarp();  // all lanes have written
+      if (lane < kArrivingLanes) arrive(ring.ready[held % kSlots]);
+      load(words[before], begin_of(stage + kAhead), begin_of(stage + kAhead + 1));
     }
-    __syncwarp();  // all lanes have written
-    if (lane < kArrivingLanes) arrive(ring.ready[slot]);
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) last[0][i] = last[1][i], last[1][i] = words[i], words[i] = next[i];
-    longer[0] = longer[1], longer[1] = kept_end < end;
-    begin = end, end = next_end, next_end = after;
-    if (++slot == kDeltaSlots) slot = 0, parity ^= 1;
   }
 }
 
