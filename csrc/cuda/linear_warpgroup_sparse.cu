@@ -244,7 +244,7 @@ __device__ __forceinline__ void multiply(const LinearCall& call, SparseShared<Ti
   static_assert(Tile::kBatch * Tile::kSumStride * sizeof(float) <= sizeof(shared.x) + sizeof(shared.packed));
   synchronize(1, Tile::kProductThreads);
   float* slice_sums = reinterpret_cast<float*>(shared.x);
-  store_sums<false, Tile::kSumStride>(slice_sums, sums);
+  store_sums<Tile::kSumStride>(slice_sums, sums);
   synchronize_cluster();
   add_slices<Tile>(call, slice_sums, first_row, first_batch);
   synchronize_cluster();
@@ -298,23 +298,20 @@ struct SparsePlan {
 
 template <class Tile>
 cudaError_t launch(const LinearCall& call, const SparsePlan& plan) {
-  CUtensorMap packed_map;
-  CUtensorMap x_map;
-  cudaError_t error = make_packed_map<Tile::kBits>(call.weight, kRows, packed_map);
-  if (error != cudaSuccess) return error;
-  error = make_x_map(call, Tile::kBatch, x_map);
+  InputMaps maps;
+  cudaError_t error = make_input_maps<Tile::kBits>(call, kRows, Tile::kBatch, maps);
   if (error != cudaSuccess) return error;
   error = sort_sparse_pages(call);
   if (error != cudaSuccess) return error;
   const int batch_tiles = divide_up(call.batch, Tile::kBatch);
   const int row_tiles = divide_up(call.weight.out_features, kRows);
   return launch_clusters(warpgroup_sparse_kernel<Tile>, row_tiles * batch_tiles, plan.slices, Tile::kThreads,
-                         sizeof(SparseShared<Tile>), call.stream, packed_map, x_map, call, sparse_pages(call),
+                         sizeof(SparseShared<Tile>), call.stream, maps.packed, maps.x, call, sparse_pages(call),
                          plan.slice_stages, batch_tiles);
 }
 
 // What a block takes, in nanoseconds: for its first loads and the sums' way to y, and for each stage; by bits (2 to 4).
-// linear_warpgroup_dense's on an H200 and a tenth.
+// Measured on an H200.
 struct Cost {
   int start;
   int stage;
@@ -324,8 +321,8 @@ struct TileShape {
   Cost costs[3];
 };
 constexpr TileShape kTileShapes[] = {
-    {128, {{5900, 800}, {6000, 930}, {6100, 1030}}},
-    {256, {{7700, 1380}, {7800, 1390}, {8000, 1440}}},
+    {128, {{5000, 960}, {5000, 1060}, {5300, 1130}}},
+    {256, {{6700, 1400}, {6700, 1500}, {6700, 1500}}},
 };
 
 // The division that takes the least time, by that measure.

@@ -72,17 +72,16 @@ bool can_stream_group(const LinearCall* calls, int count);
 cudaError_t linear_tensor_core(const LinearCall& call);
 // Adds the workspace's slices, the sparse part and the bias.
 cudaError_t finish_linear(const LinearCall& call, int slices);
-// Any batch, nothing to follow, on compute capability 9.0; only where is_aligned(call) and has_warpgroup_kernel().
-cudaError_t linear_warpgroup(const LinearCall& call);
-// The same for weights without a sparse part, faster.
+// On compute capability 9.0, nothing to follow; only where is_aligned(call) and has_warpgroup_kernel(). Any batch, for
+// weights without a sparse part:
 cudaError_t linear_warpgroup_dense(const LinearCall& call);
 int64_t parts_bytes(const LinearCall& call);
-// The same for weights with a sparse part, faster; only where sparse_page_words(call) are there.
+// Any batch, for weights with one; only where can_page(call.weight):
 cudaError_t linear_warpgroup_sparse(const LinearCall& call);
 int64_t sparse_page_words(const LinearCall& call);
 // Whether a block of the kernel that sorts the sparse part has the memory to count it by columns.
 inline bool can_page(const LutWeight& weight) { return weight.in_features <= (1 << 20); }
-// The same for batches up to kPairsBatch, faster, with and without one.
+// Batches up to kPairsBatch, with and without one, faster:
 cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
 bool has_warpgroup_kernel();
