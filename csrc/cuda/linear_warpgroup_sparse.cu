@@ -1,9 +1,9 @@
 // y = x W^T for larger batches on the tensor cores of compute capability 9.0, of weights with a sparse part.
 //
-// As linear_warpgroup_dense: a block owns a tile of rows and of the batch, and a slice of the columns; warpgroups look
-// values up in registers, where the tensor core takes its left operand from, 32 columns while it multiplies the 32
-// before. Here they add the sparse part there, from a tile of deltas (delta_tile.cuh) that a warp each keeps for them.
-// The entries come sorted by stage (sparse_pages.cu).
+// As linear_warpgroup_dense, without persistent blocks: a block owns a tile of rows and of the batch, and a slice of
+// the columns; warpgroups look values up in registers, where the tensor core takes its left operand from, 32 columns
+// while it multiplies the 32 before. Here they add the sparse part there, from a tile of deltas (delta_tile.cuh) that a
+// warp each keeps for them. The entries come sorted by stage (sparse_pages.cu).
 //
 // Deltas take the shared memory that x would need for three stages of 256 activations: there x is asked for 64 columns
 // at a time, indices 128.

@@ -1,4 +1,4 @@
-// What both kernels of compute capability 9.0 for larger batches do: copy tiles of packed indices, take places in
+// What the kernels of compute capability 9.0 for larger batches do: copy tiles of packed indices, take places in
 // rings of buffers, and add a cluster's sums on their way to y.
 #pragma once
 
