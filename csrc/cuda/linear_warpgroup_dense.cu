@@ -46,7 +46,7 @@ __device__ __forceinline__ void multiply(const LinearCall& call, DenseRing<Tile>
   static_assert(Tile::kBatch * Tile::kSumStride * sizeof(float) <= sizeof(ring.slots));
   synchronize(1, Tile::kProductThreads);
   float* slice_sums = reinterpret_cast<float*>(ring.slots);
-  store_sums<false, Tile::kSumStride>(slice_sums, sums);
+  store_sums<Tile::kSumStride>(slice_sums, sums);
   synchronize_cluster();
   add_slices<Tile>(call, slice_sums, first_row, first_batch);
   synchronize_cluster();
@@ -106,6 +106,14 @@ cudaError_t launch_dense_tile(const LinearCall& call, const DensePlan& plan) {
 }  // namespace squeezellm_hf::cuda::warpgroup
 
 namespace squeezellm_hf::cuda {
+
+bool has_warpgroup_kernel() {
+#ifdef SQUEEZELLM_HF_SM90A
+  return true;
+#else
+  return false;
+#endif
+}
 
 cudaError_t linear_warpgroup_dense(const LinearCall& call) {
   const warpgroup::DensePlan plan = warpgroup::make_plan(call);

@@ -78,7 +78,8 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 int64_t most_fused(const LinearCall& call, bool warpgroups) {
   const bool sparse = call.weight.crow_indices != nullptr;
   if (!warpgroups) return sparse ? 128 : 256;
-  return sparse ? 256 : 2048;
+  if (sparse) return can_page(call.weight) ? 512 : kPairsBatch;
+  return 2048;
 }
 
 // Whether the kernels of lut_linear hold the tables in the dtype of x without leaving its range.
@@ -109,7 +110,11 @@ void launch_linear(LinearCall& call, const Tensor& x, bool warpgroups) {
     const bool streamed = device_limits(x.get_device_index()).capability >= 9 && is_aligned(call) && can_stream();
     return check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
   }
-  if (!pairs && warpgroups && sparse) return check_launch(linear_warpgroup(call));
+  if (!pairs && warpgroups && sparse) {
+    const Tensor pages = empty(x, {sparse_page_words(call)}, aoti_torch_dtype_int32());
+    call.pages = pages.mutable_data_ptr();
+    return check_launch(linear_warpgroup_sparse(call));
+  }
   if (!pairs && warpgroups) {
     std::optional<Tensor> parts;
     if (const int64_t bytes = parts_bytes(call); bytes > 0) {

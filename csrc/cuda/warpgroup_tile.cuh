@@ -1,4 +1,4 @@
-// What both kernels of compute capability 9.0 for larger batches do: copy tiles of packed indices, take places in
+// What the kernels of compute capability 9.0 for larger batches do: copy tiles of packed indices, take places in
 // rings of buffers, and add a cluster's sums on their way to y.
 #pragma once
 
@@ -113,26 +113,17 @@ __device__ __forceinline__ int packed_chunk(int row, int chunk) {
   return chunk;
 }
 
-// Lays a warpgroup's sums out as [batch][row]; lines of the left operand are activations if kWeightsRight.
-template <bool kWeightsRight, int kStride, int kProducts, int kLines>
+// Lays a warpgroup's sums out as [batch][row].
+template <int kStride, int kProducts, int kLines>
 __device__ __forceinline__ void store_sums(float* target, const float (&sums)[kProducts][kLines][4]) {
   const int lane = threadIdx.x % kWarpLanes;
-  const int left_line = threadIdx.x / kWarpLanes * 16 + lane / 4;
-  const int right_line = lane % 4 * 2;
+  const int row = threadIdx.x / kWarpLanes * 16 + lane / 4;
+  const int batch = lane % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kProducts * kLines; ++n)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int left = left_line + h * 8;
-      const int right = n * 8 + right_line;
-      const float* pair = &sums[n / kLines][n % kLines][2 * h];
-      if constexpr (kWeightsRight) {
-        *reinterpret_cast<float2*>(target + left * kStride + right) = {pair[0], pair[1]};
-      } else {
-        target[right * kStride + left] = pair[0];
-        target[(right + 1) * kStride + left] = pair[1];
-      }
-    }
+    for (int i = 0; i < 4; ++i)
+      target[(n * 8 + batch + i % 2) * kStride + row + i / 2 * 8] = sums[n / kLines][n % kLines][i];
 }
 
 // Four neighbouring outputs; `row` is a multiple of 4.

@@ -42,6 +42,7 @@ struct LinearCall {
   void* transposed_x;
   void* parts;       // linear_warpgroup_dense: parts_bytes(call) bytes, null where these are none
   void* permuted_x;  // linear_warpgroup_pairs: [batch, permuted_columns(call)] in the dtype of x
+  void* pages;       // linear_warpgroup_sparse: sparse_page_words(call) words of 4 bytes
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
   cudaStream_t stream;
@@ -71,12 +72,16 @@ bool can_stream_group(const LinearCall* calls, int count);
 cudaError_t linear_tensor_core(const LinearCall& call);
 // Adds the workspace's slices, the sparse part and the bias.
 cudaError_t finish_linear(const LinearCall& call, int slices);
-// Any batch, nothing to follow, on compute capability 9.0; only where is_aligned(call) and has_warpgroup_kernel().
-cudaError_t linear_warpgroup(const LinearCall& call);
-// The same for weights without a sparse part, faster.
+// On compute capability 9.0, nothing to follow; only where is_aligned(call) and has_warpgroup_kernel(). Any batch, for
+// weights without a sparse part:
 cudaError_t linear_warpgroup_dense(const LinearCall& call);
 int64_t parts_bytes(const LinearCall& call);
-// The same for batches up to kPairsBatch, faster, with and without one.
+// Any batch, for weights with one; only where can_page(call.weight):
+cudaError_t linear_warpgroup_sparse(const LinearCall& call);
+int64_t sparse_page_words(const LinearCall& call);
+// Whether a block of the kernel that sorts the sparse part has the memory to count it by columns.
+inline bool can_page(const LutWeight& weight) { return weight.in_features <= (1 << 20); }
+// Batches up to kPairsBatch, with and without one, faster:
 cudaError_t linear_warpgroup_pairs(const LinearCall& call);
 // Whether this library was compiled for what is special to compute capability 9.0 (9.0a).
 bool has_warpgroup_kernel();

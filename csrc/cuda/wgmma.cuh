@@ -1,6 +1,6 @@
-// The tensor core of compute capability 9.0: products of tiles that lie in shared memory. A warpgroup
-// (4 warps) multiplies 64 lines of one with 128 lines of the other; a warp's registers hold the
-// sums of 16 of the 64, in the layout of multiply_accumulate.
+// The tensor core of compute capability 9.0. A warpgroup (4 warps) multiplies 64 lines that its registers hold with up
+// to 128 lines of a tile in shared memory; a warp's registers hold the sums of 16 of the 64, in the layout of
+// multiply_accumulate.
 #pragma once
 
 #include "common.cuh"
@@ -37,9 +37,6 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Makes earlier writes to shared memory visible to the products.
-__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // A warpgroup takes registers that others of the block give up; all its threads call it.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
@@ -51,12 +48,8 @@ __device__ __forceinline__ void give_up_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// sums += a b in the background; a and b as matrix_descriptor says.
-template <class T>
-__device__ void multiply_group(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b);
-
-// The same with the left operand in registers: a warp's 16 lines as in multiply_accumulate, and 16, 32, 64 or 128 lines
-// of b.
+// sums += a b in the background: a warp's 16 lines of a in registers, as in multiply_accumulate, and 16, 32, 64 or 128
+// lines of b, as matrix_descriptor says.
 template <class T>
 __device__ void multiply_fragment(float (&sums)[2][4], const uint32_t (&a)[4], uint64_t b);
 template <class T>
@@ -83,15 +76,6 @@ __device__ void multiply_fragment(float (&sums)[16][4], const uint32_t (&a)[4], 
 #define WGMMA(columns, name) \
   "{.reg .pred add; setp.eq.b32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." name "." name " {"
 
-#define MULTIPLY_GROUP(type, name)                                                                                    \
-  template <>                                                                                                         \
-  __device__ __forceinline__ void multiply_group<type>(float (&sums)[kProductLines / 8][4], uint64_t a, uint64_t b) { \
-    asm volatile(WGMMA("128", name) NAMES_16 "}, %64, %65, add, 1, 1, 0, 0;}" : SUMS_16(0) : "l"(a), "l"(b));         \
-  }
-
-MULTIPLY_GROUP(__half, "f16")
-MULTIPLY_GROUP(__nv_bfloat16, "bf16")
-
 // lines: 8 columns each; operands: the names of a and b.
 #define MULTIPLY_FRAGMENT(type, name, columns, lines, operands)                                            \
   template <>                                                                                              \
@@ -112,7 +96,6 @@ MULTIPLY_FRAGMENTS(__nv_bfloat16, "bf16")
 
 #undef MULTIPLY_FRAGMENTS
 #undef MULTIPLY_FRAGMENT
-#undef MULTIPLY_GROUP
 #undef WGMMA
 #undef NAMES_16
 #undef NAMES_8

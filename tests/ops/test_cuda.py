@@ -68,7 +68,7 @@ def most_fused(weight: Weight) -> int:
     """The largest batch for which the weight is not dequantized first."""
     if not has_warpgroups():
         return 128
-    return 256 if "values" in weight.tensors else 2048
+    return 512 if "values" in weight.tensors else 2048
 
 
 def torch_slack(batch: int, weight: Weight) -> float:
@@ -81,7 +81,8 @@ def as_multiplied(weight: Weight, batch: int, dtype: str) -> Weight:
     """The weight that a call of ``batch`` rows multiplies, its matrix rounded where that is done.
 
     On compute capability 9.0 and beyond 64 rows, sparse values are added to the dense part before
-    the product; that sum is rounded to the dtype of x, as :func:`ops.lut_dequantize` rounds it.
+    the product; that sum is rounded to the dtype of x, as :func:`ops.lut_dequantize` rounds it
+    (each of the two before, which changes nothing if they are of that dtype).
     """
     rounds = has_warpgroups() and batch > 64 and weight.bits in FUSED_BITS and is_aligned(weight)
     return Weight(weight.bits, weight.tensors, weight.rounded(dtype)) if rounds else weight
@@ -228,7 +229,25 @@ def test_sparse_rows_of_every_kind(batch: int, table_dtype: str) -> None:
         assert_close(linear(x, weight), x, expected, slack=0 if table_dtype == "fp16" else 5e-4)
 
 
-@pytest.mark.parametrize("batch", [5, 12, 24, 40, 64])
+@pytest.mark.parametrize("batch", [65, 127, 200, 384, 512])
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_sparse_rows_of_every_kind_beyond_64_activations(bits: int, batch: int) -> None:
+    """Pages of no entry, a few and all cells; rows and columns that end within one."""
+    for shape in ((200, 1152), (66, 640)):
+        for density, empty, wide in [(1.0, False, False), (0.3, True, True), (0.003, True, False)]:
+            weight = make_weight(
+                *shape, bits, density=density, empty_rows=empty, full_row=density < 0.1,
+                table_dtype="fp16", wide_columns=wide,
+            )  # fmt: skip
+            x = make_x(batch, shape[1], "fp16")
+            expected = as_multiplied(weight, batch, "fp16")
+            first = linear(x, weight)
+            assert_close(first, x, expected)
+            for _ in range(3):
+                assert torch.equal(linear(x, weight), first)
+
+
+@pytest.mark.parametrize("batch", [5, 12, 24, 40, 64, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_full_row_among_short_ones(batch: int, dtype: str) -> None:
     """It is shared among more warps than the others; rows and columns that divide unevenly."""
@@ -397,7 +416,7 @@ def test_graphs_and_streams(batch: int) -> None:
         assert torch.equal(replayed, expected)
 
 
-@pytest.mark.parametrize("batch", [1, 8, 12, 20, 40, 300])
+@pytest.mark.parametrize("batch", [1, 8, 12, 20, 40, 100, 300])
 def test_no_row_pointer_or_column_leads_out_of_bounds(batch: int) -> None:
     """Not more than that it runs: compute-sanitizer sees the accesses."""
     weight = on_gpu(make_weight(64, 512, 4, density=0.05))
@@ -412,7 +431,7 @@ def test_no_row_pointer_or_column_leads_out_of_bounds(batch: int) -> None:
     assert matrix.shape == (64, 512)
 
 
-@pytest.mark.parametrize("batch", [1, 8, 12, 20, 40, 300])
+@pytest.mark.parametrize("batch", [1, 8, 12, 20, 40, 100, 300])
 def test_row_pointers_at_the_ends_of_int32_hold_nothing(batch: int) -> None:
     """A lane's place beyond such a pointer, or a row's length, must not wrap around."""
     weight = make_weight(64, 512, 4, density=0.05)
