@@ -181,8 +181,14 @@ __device__ __forceinline__ void place_entries(const Column* columns, const Value
 
 #endif
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocks = 1;  // of a multiprocessor: other devices have no room for two, and run none
+#else
+constexpr int kBlocks = 2;
+#endif
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sort_pages_kernel(const __grid_constant__ LutWeight weight, const SparsePages pages, int part_stages) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __shared__ int pointers[kPageRows + 1];
