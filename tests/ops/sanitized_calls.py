@@ -12,6 +12,8 @@ from tests.ops.oracle import TORCH_DTYPES, make_weight, make_x
 SHAPES = [(136, 512), (33, 77)]
 # Of which blocks share tiles on an H200, from 65 activations on.
 SHARED = (11000, 2048)
+# Enough 2-bit weights to be multiplied by counting bits.
+COUNTED = (6150, 4096)
 
 
 def end_amid_a_chunk(tensors: dict[str, torch.Tensor]) -> None:
@@ -73,6 +75,7 @@ def main(batches: list[int]) -> None:
             call(batches, shape, bits, 0.05, "fp16")
         call(batches, shape, 4, 0.05, "bf16", hostile=True)
     if 1 in batches:
+        call([1], COUNTED, 2, 0.005, "bf16")
         for bits in (2, 3, 4):
             call_group(bits, 0.0)
             call_group(bits, 0.05)
