@@ -107,7 +107,9 @@ def test_a_gradient_passes_through_offloaded_layers(
 
 
 def test_auto_keeps_all_in_memory_that_fits(quantized: Path, expected: Tensor, token_ids) -> None:
-    model = AutoModelForCausalLM.from_pretrained(quantized, device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        quantized, device_map="auto", max_memory={"cpu": 2**30}
+    )
     assert not on_meta(model)
     assert logits(model, token_ids).equal(expected)
 
