@@ -2,20 +2,13 @@
 // W up and multiplies.
 //
 // One thread orders copies of packed indices and of x, 128 columns at a time, into a ring of stages. Warpgroups look
-// the values up in registers (fragment_table.cuh), where the tensor core takes its left operand from: W is neither
-// written to shared memory nor read back. While the tensor core multiplies 32 columns, a thread looks up the next 32.
+// the values up in registers (left_operand.cuh): W is neither written to shared memory nor read back.
 #pragma once
 
-#include "fragment_table.cuh"
-#include "warpgroup_tile.cuh"
+#include "left_operand.cuh"
 
 namespace squeezellm_hf::cuda::warpgroup {
 
-constexpr int kStageColumns = kPackedColumns;
-constexpr int kLineColumns = 64;   // of a tile of x: 128 bytes
-constexpr int kChunkColumns = 32;  // looked up at a time
-constexpr int kChunks = kStageColumns / kChunkColumns;
-constexpr int kSteps = kChunkColumns / kProductDepth;
 // Registers of a thread that orders copies: the others take what is left of the block's.
 constexpr int kCopyRegisters = 24;
 constexpr uint32_t kAllLanes = 0xffffffff;
@@ -83,25 +76,6 @@ __device__ __forceinline__ void request_x(const CUtensorMap& map, DenseRing<Tile
 #pragma unroll
   for (int i = 0; i < kStageColumns / kLineColumns; ++i)
     copy_tile(ring.slots[slot].x[i], map, stage * kStageColumns + i * kLineColumns, batch, ring.ready[slot]);
-}
-
-// The tables of the two rows that a thread meets. Rows beyond the last are computed like it and not written.
-template <class Tile>
-__device__ __forceinline__ void load_tables(RowTable<Tile::kBits> (&tables)[2], const LutWeight& weight,
-                                            int first_row) {
-  const int row = first_row + threadIdx.x / kWarpLanes * 16 + threadIdx.x % kWarpLanes / 4;
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-    tables[h] = load_table<typename Tile::T, Tile::kBits>(weight, min(row + 8 * h, weight.out_features - 1));
-}
-
-// The indices of a chunk of columns of a row.
-template <int kBits>
-__device__ __forceinline__ void load_chunk(uint32_t (&words)[kBits], const unsigned char* packed, int row, int chunk) {
-  constexpr int kBytes = kChunkColumns * kBits / 8;
-  const int begin = chunk * kBytes;
-  const unsigned char* line = packed + row * kPackedRowBytes<kBits>;
-  load_indices<kBits>(words, line + packed_chunk<kBits>(row, begin / 16) * 16 + begin % 16);
 }
 
 // What a warpgroup does: the sums of its 64 rows and all activations of the tile, over the next stages of the ring.

@@ -44,12 +44,7 @@ __device__ __forceinline__ void multiply(const LinearCall& call, DenseRing<Tile>
   multiply_stages<Tile>(sums, tables, ring, place, stages);
   // The stages make room for the sums.
   static_assert(Tile::kBatch * Tile::kSumStride * sizeof(float) <= sizeof(ring.slots));
-  synchronize(1, Tile::kProductThreads);
-  float* slice_sums = reinterpret_cast<float*>(ring.slots);
-  store_sums<Tile::kSumStride>(slice_sums, sums);
-  synchronize_cluster();
-  add_slices<Tile>(call, slice_sums, first_row, first_batch);
-  synchronize_cluster();
+  finish_slice<Tile>(call, ring.slots, sums, first_row, first_batch);
 }
 
 #endif

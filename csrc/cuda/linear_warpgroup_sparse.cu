@@ -9,17 +9,11 @@
 // at a time, indices 128.
 #include "delta_tile.cuh"
 #include "dispatch.h"
-#include "fragment_table.cuh"
-#include "warpgroup_tile.cuh"
+#include "left_operand.cuh"
 
 namespace squeezellm_hf::cuda::warpgroup {
 namespace {
 
-constexpr int kStageColumns = kPackedColumns;
-constexpr int kLineColumns = 64;   // of a tile of x: 128 bytes
-constexpr int kChunkColumns = 32;  // looked up at a time
-constexpr int kChunks = kStageColumns / kChunkColumns;
-constexpr int kSteps = kChunkColumns / kProductDepth;
 constexpr int kGroups = kRows / kGroupLines;
 static_assert(kStageColumns == kPageColumns && kGroupLines == kPageRows && kChunks == kDeltaChunks);
 // Registers of threads that bring data: the others take what is left of the block's.
@@ -105,15 +99,6 @@ __device__ __forceinline__ void request_stages(const CUtensorMap& packed_map, co
                   shared.x_ready[x.slot]);
     }
   }
-}
-
-// The indices of a chunk of columns of a row.
-template <int kBits>
-__device__ __forceinline__ void load_chunk(uint32_t (&words)[kBits], const unsigned char* packed, int row, int chunk) {
-  constexpr int kBytes = kChunkColumns * kBits / 8;
-  const int begin = chunk * kBytes;
-  const unsigned char* line = packed + row * kPackedRowBytes<kBits>;
-  load_indices<kBits>(words, line + packed_chunk<kBits>(row, begin / 16) * 16 + begin % 16);
 }
 
 // What a warpgroup does: the sums of its 64 rows and all activations of the block, over all stages.
@@ -231,23 +216,14 @@ template <class Tile>
 __device__ __forceinline__ void multiply(const LinearCall& call, SparseShared<Tile>& shared, int first_row,
                                          int first_batch, int stages) {
   take_registers<kProductRegisters>();
-  const int row = first_row + threadIdx.x / kWarpLanes * 16 + threadIdx.x % kWarpLanes / 4;
   RowTable<Tile::kBits> tables[2];
-  // Rows beyond the last are computed like it and not written.
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-    tables[h] = load_table<typename Tile::T, Tile::kBits>(call.weight, min(row + 8 * h, call.weight.out_features - 1));
+  load_tables<Tile>(tables, call.weight, first_row);
   wait_for_last_kernel();
   typename Tile::Sums sums = {};
   multiply_stages<Tile>(sums, tables, shared, stages);
   // The stages make room for the sums.
   static_assert(Tile::kBatch * Tile::kSumStride * sizeof(float) <= sizeof(shared.x) + sizeof(shared.packed));
-  synchronize(1, Tile::kProductThreads);
-  float* slice_sums = reinterpret_cast<float*>(shared.x);
-  store_sums<Tile::kSumStride>(slice_sums, sums);
-  synchronize_cluster();
-  add_slices<Tile>(call, slice_sums, first_row, first_batch);
-  synchronize_cluster();
+  finish_slice<Tile>(call, shared.x, sums, first_row, first_batch);
 }
 
 #endif
