@@ -6,18 +6,18 @@ from torch import Tensor
 
 from squeezellm_hf import ops
 from squeezellm_hf.nn import SqueezeLLMLinear, grouping
-from tests.ops import test_cuda
-from tests.ops.oracle import make_weight, make_x
-from tests.ops.test_cuda import (
+from tests.ops.cuda_calls import (
     DTYPES,
     FUSED_BITS,
     assert_close,
     has_warpgroups,
+    needs_cuda,
     on_gpu,
     poison,
 )
+from tests.ops.oracle import make_weight, make_x
 
-pytestmark = test_cuda.pytestmark
+pytestmark = needs_cuda
 
 GROUPED = ("qweight", "lookup_table", "crow_indices", "col_indices", "values", "bias")
 
