@@ -38,29 +38,51 @@ cudaError_t launch(const LinearCall& call) {
   return fits ? error : linear_small_batch(call);
 }
 
-template <class T, int kBits>
-cudaError_t launch_batch(const LinearCall& call) {
-  if (call.batch == 1) return launch<T, kBits, 1>(call);
-  if (call.batch == 2) return launch<T, kBits, 2>(call);
-  if (call.batch <= 4) return launch<T, kBits, 4>(call);
-  return launch<T, kBits, 8>(call);
+// run(the batch that a kernel is compiled for).
+template <class Run>
+auto with_batch(int batch, const Run& run) {
+  if (batch == 1) return run(std::integral_constant<int, 1>{});
+  if (batch == 2) return run(std::integral_constant<int, 2>{});
+  if (batch <= 4) return run(std::integral_constant<int, 4>{});
+  return run(std::integral_constant<int, 8>{});
 }
 
 }  // namespace
 }  // namespace streamed
 
-bool can_stream() {
-  static const bool compiled = [] {
+bool can_stream(int capability) {
+  const auto is_compiled = [] {
     cudaFuncAttributes attributes;
     const auto kernel = streamed::streamed_kernel<__half, 4, 1, streamed::kWideBlock, false>;
     return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-  }();
-  return compiled;
+  };
+  // Later devices run other code of the library than those of 9.0.
+  if (capability == 9) {
+    static const bool compiled = is_compiled();
+    return compiled;
+  }
+  static const bool compiled_for_later = is_compiled();
+  return compiled_for_later;
+}
+
+bool fits_streamed(const LinearCall& call) {
+  bool fits = false;
+  const cudaError_t error = dispatch(call, [&](auto type, auto bits) {
+    using T = typename decltype(type)::Type;
+    fits = streamed::with_batch(call.batch, [&](auto batch) {
+      return streamed::make_plan<T, bits.value, batch.value, streamed::kWideBlock, false>(call).ring >=
+             streamed::kLeastRing;
+    });
+    return cudaSuccess;
+  });
+  return error == cudaSuccess && fits;
 }
 
 cudaError_t linear_streamed(const LinearCall& call) {
   return dispatch(call, [&](auto type, auto bits) {
-    return streamed::launch_batch<typename decltype(type)::Type, bits.value>(call);
+    using T = typename decltype(type)::Type;
+    return streamed::with_batch(call.batch,
+                                [&](auto batch) { return streamed::launch<T, bits.value, batch.value>(call); });
   });
 }
 

@@ -78,7 +78,9 @@ Tensor dequantize_to(const LutWeight& weight, const Tensor& like, ScalarType dty
 int64_t most_fused(const LinearCall& call, bool warpgroups) {
   const bool sparse = call.weight.crow_indices != nullptr;
   if (!warpgroups) return sparse ? 128 : 256;
-  if (sparse) return can_page(call.weight) ? 512 : kPairsBatch;
+  // There sparse values are rounded to the dtype of x: into its range, if they are of that dtype.
+  const bool in_range = call.dtype != DType::kFloat16 || call.weight.values_dtype == DType::kFloat16;
+  if (sparse) return can_page(call.weight) && in_range ? 512 : kPairsBatch;
   return 2048;
 }
 
@@ -89,16 +91,15 @@ bool fits(const LinearCall& call) {
   return call.dtype != DType::kFloat32 && !narrow_range && bits >= 2 && bits <= 4 && call.weight.in_features > 0;
 }
 
-// Whether linear_warpgroup_pairs serves: also the largest of the small batches, of which linear_streamed is not faster.
-// With a sparse part it is on few and short rows; on long ones x is too much for its memory.
+// Whether linear_warpgroup_pairs serves: also the largest of the small batches, of which linear_streamed is not faster,
+// and those from three on whose x is too much for its memory. With a sparse part it is faster on few and short rows.
 bool suits_pairs(const LinearCall& call, bool warpgroups) {
   constexpr int kStreamed = 4;
   constexpr int kMany = 8192;
-  constexpr int kLongest = 20480;  // more columns, of three or four activations, do not fit beside its tables
-  if (!warpgroups || call.batch > kPairsBatch || !is_aligned(call)) return false;
-  if (call.batch <= kStreamed) return call.batch > 2 && call.weight.in_features > kLongest;
-  if (call.batch > kSmallBatch || call.weight.crow_indices == nullptr) return true;
-  return call.weight.in_features > kMany || call.weight.out_features > kMany;
+  if (!warpgroups || call.batch > kPairsBatch || call.batch <= 2 || !is_aligned(call)) return false;
+  if (call.batch > kSmallBatch || !fits_streamed(call)) return true;
+  if (call.batch <= kStreamed) return false;
+  return call.weight.crow_indices == nullptr || call.weight.in_features > kMany || call.weight.out_features > kMany;
 }
 
 // By the kernel that suits the batch; what kernels hand to each other lies in memory that is allocated here.
@@ -107,7 +108,7 @@ void launch_linear(LinearCall& call, const Tensor& x, bool warpgroups) {
   const bool pairs = suits_pairs(call, warpgroups);
   const int64_t batch = call.batch;
   if (!pairs && batch <= kSmallBatch) {
-    const bool streamed = device_limits(x.get_device_index()).capability >= 9 && is_aligned(call) && can_stream();
+    const bool streamed = call.capability >= 9 && is_aligned(call) && can_stream(call.capability);
     return check_launch(streamed ? linear_streamed(call) : linear_small_batch(call));
   }
   if (!pairs && warpgroups && sparse) {
@@ -175,6 +176,7 @@ Checked check_linear(const Tensor& x, const Tensor& qweight, const Tensor& looku
     call.bias = checked.bias->const_data_ptr();
   }
   const DeviceLimits& limits = device_limits(device);
+  call.capability = limits.capability;
   call.multiprocessors = limits.multiprocessors;
   call.shared_memory = limits.shared_memory;
   call.batch = static_cast<int>(checked.batch);
@@ -213,10 +215,11 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
 }
 
 // Whether the calls, which are of one x, are one launch.
-bool suits_group(const std::vector<Checked>& all, const std::vector<LinearCall>& calls, int32_t device) {
-  if (device_limits(device).capability < 9 || !can_stream()) return false;
-  for (const Checked& checked : all)
-    if (checked.is_empty() || !fits(checked.call)) return false;
+bool suits_group(const std::vector<Checked>& all, const std::vector<LinearCall>& calls) {
+  for (const Checked& checked : all) {
+    if (checked.batch != 1 || checked.is_empty() || !fits(checked.call)) return false;
+    if (checked.call.capability < 9 || !can_stream(checked.call.capability)) return false;
+  }
   return can_stream_group(calls.data(), static_cast<int>(calls.size()));
 }
 
@@ -246,7 +249,7 @@ Tensors lut_linear_group(const Tensor& x, Tensors qweight, Tensors lookup_table,
     calls[i].x = x_contiguous.const_data_ptr();
   }
   Tensors ys;
-  if (!suits_group(all, calls, device)) {
+  if (!suits_group(all, calls)) {
     for (Checked& checked : all) ys.push_back(run_linear(checked, x_contiguous));
     return ys;
   }

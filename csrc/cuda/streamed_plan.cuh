@@ -73,14 +73,9 @@ cudaError_t launch_blocks(void (*kernel)(LinearCall, Weights, Plan), const Linea
 
 // Whether 2-bit indices are counted (streamed_planes.cuh): not where few weights do not repay what x costs then, nor on
 // devices beyond compute capability 9, to which a product of bits is eight products.
-template <class Kernel>
-bool prefers_planes(Kernel* kernel, const LinearCall& call, int tiles) {
+inline bool prefers_planes(const LinearCall& call, int tiles) {
   constexpr int64_t kLeastWeights = int64_t{24} << 20;  // measured
-  static const bool native = [kernel] {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.binaryVersion == 90;
-  }();
-  return native && int64_t{tiles} * kRows * call.weight.in_features >= kLeastWeights;
+  return call.capability == 9 && int64_t{tiles} * kRows * call.weight.in_features >= kLeastWeights;
 }
 
 // Launches kernel_of(looking-up warps, whether they count bits) as suits the call. Whether it was launched: not where
@@ -101,7 +96,7 @@ bool launch_where_x_fits(KernelOf kernel_of, const LinearCall& call, const Weigh
   };
   if constexpr (kBits == 2 && kBatch == 1) {
     constexpr std::true_type planes;
-    if (prefers_planes(kernel_of(wide, planes), call, tiles) && launch_either(planes)) return true;
+    if (prefers_planes(call, tiles) && launch_either(planes)) return true;
   }
   return launch_either(std::false_type{});
 }

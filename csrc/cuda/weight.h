@@ -43,6 +43,7 @@ struct LinearCall {
   void* parts;       // linear_warpgroup_dense: parts_bytes(call) bytes, null where these are none
   void* permuted_x;  // linear_warpgroup_pairs: [batch, permuted_columns(call)] in the dtype of x
   void* pages;       // linear_warpgroup_sparse: sparse_page_words(call) words of 4 bytes
+  int capability;    // the device's, major
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
   cudaStream_t stream;
@@ -59,11 +60,13 @@ struct DequantizeCall {
 cudaError_t dequantize(const DequantizeCall& call);
 // Batches 1 to kSmallBatch.
 cudaError_t linear_small_batch(const LinearCall& call);
-// Batches 1 to kSmallBatch on compute capability 9.0; only where is_aligned(call) and can_stream().
+// Batches 1 to kSmallBatch on compute capability 9.0; only where is_aligned(call) and can_stream.
 cudaError_t linear_streamed(const LinearCall& call);
-// Whether this library was compiled for compute capability 9.0; asked on such a device.
-bool can_stream();
-// The same for 2 to kMostGrouped calls of one x in one launch; only where can_stream() and can_stream_group(). No
+// Whether this library was compiled for compute capability 9.0; asked on a device of this one, 9 or later.
+bool can_stream(int capability);
+// Whether x fits beside its tables; elsewhere it calls linear_small_batch.
+bool fits_streamed(const LinearCall& call);
+// The same for 2 to kMostGrouped calls of one x in one launch; only where can_stream and can_stream_group(). No
 // out_features may be 0.
 cudaError_t linear_streamed_group(const LinearCall* calls, int count);
 // Whether they suit it: batch 1, alike in all but out_features, and with a sparse part all or none.
