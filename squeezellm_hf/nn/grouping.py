@@ -66,16 +66,16 @@ class GroupLinears(CustomGraphPass):
 
     def _groups(self, graph: Graph, position: Mapping[Node, int]) -> list[list[Node]]:
         groups: list[list[Node]] = []
-        latest: dict[tuple[Node, int], list[Node]] = {}
+        latest: dict[tuple[Any, ...], list[Node]] = {}
         for node in graph.nodes:
             if _may_write(node):
                 latest.clear()
             if not self._is_candidate(node):
                 continue
-            x, bits = node.args[0], node.args[-1]
-            group = latest.get((x, bits))
+            kind = _kind(node)
+            group = latest.get(kind)
             if group is None or len(group) == MOST or _needs_later(node, group[0], position):
-                group = latest[x, bits] = []
+                group = latest[kind] = []
                 groups.append(group)
             group.append(node)
         return [group for group in groups if len(group) > 1]
@@ -93,19 +93,31 @@ class GroupLinears(CustomGraphPass):
         )
 
 
+def _kind(node: Node) -> tuple[Any, ...]:
+    """What calls of a group must have in common: x, stream, and what makes them one launch."""
+    x, _, table, pointers, columns, values, _, bits = node.args
+    dtypes = (
+        tensor.meta["val"].dtype if isinstance(tensor, Node) and "val" in tensor.meta else None
+        for tensor in (table, pointers, columns, values)
+    )
+    stream = node.meta.get("custom", {}).get("stream")
+    return (x, bits, stream, *dtypes)
+
+
 def _may_write(node: Node) -> bool:
     """Whether the node changes a tensor in place, as far as its schema tells."""
     if node.op != "call_function":
         return node.op in ("call_method", "call_module")
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
+        # Events of streams order what they do not name.
+        return node.target._schema.is_mutable or node.target.namespace == "streams"
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _needs_later(node: Node, place: Node, position: Mapping[Node, int]) -> bool:
-    """Whether the node needs what is computed behind ``place``; constants may be taken earlier."""
+    """Whether the node needs what ``place`` or one behind it computes; constants may be earlier."""
     return any(
-        position[needed] > position[place] and needed.op != "get_attr"
+        position[needed] >= position[place] and needed.op != "get_attr"
         for needed in node.all_input_nodes
     )
 
@@ -144,20 +156,21 @@ _disabled = False
 def install() -> None:
     """Have what this thread compiles from now on group its layers, where CUDA kernels are loaded.
 
-    torch 2.13 keeps Inductor's settings by thread. Does nothing where there is a pass already, or
-    after :func:`disable`.
+    torch 2.13 keeps Inductor's settings by thread. Does nothing where there is another pass; takes
+    ours out after :func:`disable`, which may have been called in another thread.
     """
     wanted = not _disabled and os.environ.get("SQUEEZELLM_HF_GROUP_LINEARS", "1") != "0"
     if wanted and native.status().cuda_loaded and config.post_grad_custom_pre_pass is None:
         config.post_grad_custom_pre_pass = _PASS
+    elif not wanted and config.post_grad_custom_pre_pass is _PASS:
+        config.post_grad_custom_pre_pass = None
 
 
 def disable() -> None:
-    """Undo :func:`install` in this thread; it does nothing any more, until :func:`enable`."""
+    """Undo :func:`install`, in other threads where they call it again, until :func:`enable`."""
     global _disabled
     _disabled = True
-    if config.post_grad_custom_pre_pass is _PASS:
-        config.post_grad_custom_pre_pass = None
+    install()
 
 
 def enable() -> None:

@@ -49,7 +49,9 @@ def lut_linear(
         _refuse_tangents(x, lookup_table, values, bias)
     op = _LUT_LINEAR_NO_GRAD
     if torch.is_grad_enabled() and (
-        x.requires_grad
+        # Inside torch.func's transforms requires_grad says nothing of the levels outside.
+        torch._C._are_functorch_transforms_active()
+        or x.requires_grad
         or lookup_table.requires_grad
         or (values is not None and values.requires_grad)
         or (bias is not None and bias.requires_grad)

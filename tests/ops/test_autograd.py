@@ -166,6 +166,26 @@ def test_vmap_and_functional_call(grad: bool) -> None:
     torch.testing.assert_close(y, 2 * linear(x))
 
 
+def test_vmap_under_autograd_has_a_derivative() -> None:
+    """Of weights that require none: inside vmap nothing says that x requires one."""
+    linear = SqueezeLLMLinear.from_tensors(WEIGHT.tensors, bits=BITS, in_features=IN)
+    grads = []
+    for function in (linear, torch.vmap(linear)):
+        x = torch.linspace(-1, 1, 3 * IN).view(3, IN).requires_grad_()
+        (function(x).square().sum() + x.sum()).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_functional_gradients_are_refused(mapped: bool) -> None:
+    linear = SqueezeLLMLinear.from_tensors(WEIGHT.tensors, bits=BITS, in_features=IN)
+    function = torch.vmap(linear) if mapped else linear
+    gradient = torch.func.grad(lambda x: function(x).sum())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        gradient(torch.ones(3, IN))
+
+
 def test_a_replica_has_plain_attributes() -> None:
     """As torch.nn.DataParallel leaves them."""
     linear, x = layer(), torch.randn(3, IN)

@@ -22,6 +22,10 @@ def layer(out_features: int, in_features: int = IN, bits: int = 4) -> SqueezeLLM
     return SqueezeLLMLinear.from_tensors(tensors, bits=bits, in_features=in_features)
 
 
+def sparse_part(layer: SqueezeLLMLinear) -> dict[str, Tensor]:
+    return {name: getattr(layer, name) for name in ("crow_indices", "col_indices", "values")}
+
+
 class Block(nn.Module):
     """Seven layers, of which three share an input and two another, as in a transformer's."""
 
@@ -139,10 +143,40 @@ def test_a_weight_that_is_computed_later_is_no_part_of_the_group(x: Tensor) -> N
     def function(x: Tensor) -> tuple[Tensor, ...]:
         first = a(x)
         table = (b.lookup_table * first[0, 0]).half()
-        later = lut_linear(x, b.qweight, table, bits=4)
+        later = lut_linear(x, b.qweight, table, **sparse_part(b), bits=4)
         return first, later, c(x)
 
     check(function, x, [ONE, GROUP])
+
+
+def test_a_call_that_takes_the_result_of_another_is_no_part_of_its_group(x: Tensor) -> None:
+    a, b, c = layer(9), layer(9), layer(4)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        first = a(x)
+        tensors = (b.qweight, b.lookup_table)
+        return first, lut_linear(x, *tensors, **sparse_part(b), bits=4, bias=first), c(x)
+
+    check(lambda x: function(x[0]), x, [ONE, GROUP])
+
+
+def test_groups_are_of_weights_that_one_launch_can_take(x: Tensor) -> None:
+    a, b, c, d = layer(9), layer(5), layer(4), layer(6)
+
+    def dense(b: SqueezeLLMLinear, x: Tensor) -> Tensor:
+        return lut_linear(x, b.qweight, b.lookup_table, bits=4)
+
+    check(lambda x: (a(x), dense(b, x), c(x), dense(d, x)), x, [GROUP, GROUP])
+
+
+def test_calls_on_other_streams_are_groups_of_their_own(x: Tensor) -> None:
+    a, b, c = layer(9), layer(5), layer(4)
+    module = traced(lambda x: (a(x), b(x), c(x)), x)
+    calls = [node for node in module.graph.nodes if ONE in str(node.target)]
+    calls[1].meta["custom"] = {"stream": 1}
+    grouping.GroupLinears(always)(module.graph)
+    module.graph.lint()
+    assert called(module.graph) == [GROUP, ONE]
 
 
 def test_what_is_written_in_place_ends_a_group(x: Tensor) -> None:
@@ -207,6 +241,11 @@ def test_it_is_installed_where_there_are_cuda_kernels(monkeypatch: pytest.Monkey
     assert config.post_grad_custom_pre_pass is None
     grouping.enable()
     assert isinstance(config.post_grad_custom_pre_pass, grouping.GroupLinears)
+    monkeypatch.setenv("SQUEEZELLM_HF_GROUP_LINEARS", "0")
+    grouping.install()  # as in another thread than that of disable()
+    assert config.post_grad_custom_pre_pass is None
+    monkeypatch.delenv("SQUEEZELLM_HF_GROUP_LINEARS")
+    grouping.install()
 
     other = Recorded()
     with config.patch(post_grad_custom_pre_pass=other):
