@@ -92,7 +92,8 @@ bool fits(const LinearCall& call) {
 }
 
 // Whether linear_warpgroup_pairs serves: also the largest of the small batches, of which linear_streamed is not faster,
-// and those from three on whose x is too much for its memory. With a sparse part it is faster on few and short rows.
+// and those from three on whose x is too much for its memory. With a sparse part that one is faster, on few and short
+// rows.
 bool suits_pairs(const LinearCall& call, bool warpgroups) {
   constexpr int kStreamed = 4;
   constexpr int kMany = 8192;
