@@ -177,11 +177,15 @@ def test_vmap_under_autograd_has_a_derivative() -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_functional_gradients_are_refused(mapped: bool) -> None:
+def test_functional_gradients_are_refused(mapped: bool, compiled: bool) -> None:
     linear = SqueezeLLMLinear.from_tensors(WEIGHT.tensors, bits=BITS, in_features=IN)
     function = torch.vmap(linear) if mapped else linear
     gradient = torch.func.grad(lambda x: function(x).sum())
+    if compiled:
+        torch._dynamo.reset()
+        gradient = torch.compile(gradient, backend="aot_eager")
     with pytest.raises((RuntimeError, NotImplementedError)):
         gradient(torch.ones(3, IN))
 
