@@ -3,6 +3,9 @@
 Accumulates in fp32 and rounds once, to the dtype of the result.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,7 +95,15 @@ def lut_linear(
     _check(qweight, lookup_table, *sparse, bits, x.shape[-1])
     weight = dequantize_fp32(qweight, lookup_table, *sparse, bits, x.shape[-1])
     bias = None if bias is None else bias.float()
-    return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+    with _without_autocast(x.device.type):
+        return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would reach into the op, whose dtype is that of x."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def lut_linear_group(

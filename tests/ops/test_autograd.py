@@ -76,8 +76,9 @@ def test_no_derivative_where_none_is_asked_for(mode: Callable[[], object]) -> No
         y, names = recorded(lambda: lut_linear(**tensors, bits=BITS))
     assert names == [WITHOUT]
     assert not y.requires_grad
-    assert y.equal(expected)
-    assert y.equal(lut_linear(**tensors, bits=BITS))
+    # The reference's product may be another with a gradient: the last bit.
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(y, lut_linear(**tensors, bits=BITS).detach())
 
 
 def test_opcheck_without_derivative() -> None:
@@ -153,6 +154,10 @@ def test_autocast_is_not_followed() -> None:
         assert linear(x.bfloat16()).dtype == torch.bfloat16
     assert y.dtype == torch.float32
     assert y.equal(linear(x))
+    tensors = arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lut_linear_reference(**tensors, bits=BITS)
+    assert y.equal(lut_linear_reference(**tensors, bits=BITS))
 
 
 @pytest.mark.parametrize("grad", [True, False])
