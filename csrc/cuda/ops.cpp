@@ -191,7 +191,7 @@ Tensor run_linear(Checked& checked, const Tensor& x) {
   call.x = x.const_data_ptr();
   const int64_t batch = checked.batch;
   const bool small = batch <= kSmallBatch;
-  const bool warpgroups = device_limits(x.get_device_index()).capability == 9 && has_warpgroup_kernel();
+  const bool warpgroups = call.capability == 9 && has_warpgroup_kernel();
   if (!fits(call) || batch > most_fused(call, warpgroups) || (!small && !is_aligned(call))) {
     // A 16-bit product of tables beyond fp16's range goes through fp32.
     const bool through_fp32 = call.dtype == DType::kFloat16 && call.weight.table_dtype != DType::kFloat16;
