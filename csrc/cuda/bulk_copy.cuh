@@ -63,6 +63,12 @@ __device__ __forceinline__ void arrive(uint64_t& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
+// After __syncwarp(), for all that the warp's lanes did.
+__device__ __forceinline__ void arrive_for_warp(uint64_t& barrier) {
+  __syncwarp();
+  if (threadIdx.x % kWarpLanes < kArrivingLanes) arrive(barrier);
+}
+
 // Arrives and announces bytes that copies will bring in this phase.
 __device__ __forceinline__ void arrive_expecting(uint64_t& barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)

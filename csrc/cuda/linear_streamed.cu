@@ -18,7 +18,7 @@ namespace {
 
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
 __global__ void __launch_bounds__(Duties<kWarps>::kThreads, Duties<kWarps>::kBlocks)
-    streamed_kernel(const LinearCall call, const __grid_constant__ CUtensorMap weights, const Plan plan) {
+    streamed_kernel(const Plan plan, const LinearCall call, const __grid_constant__ CUtensorMap weights) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(1024) unsigned char memory[];
   run_block<T, kBits, kBatch, kWarps, kPlanes>(memory, OneWeight{call, weights}, plan);

@@ -215,26 +215,88 @@ Tensor lut_linear(const Tensor& x, const Tensor& qweight, const Tensor& lookup_t
   return run_linear(checked, x.is_contiguous() ? x : torch::stable::contiguous(x));
 }
 
+using Tensors = std::vector<Tensor>;
+using Optional = std::optional<Tensor>;
+using Optionals = std::vector<Optional>;
+
+// What a group does besides (Fusion), as tensors: contiguous, and like x in dtype.
+struct Besides {
+  Optional norm_weight;
+  double norm_eps;
+  int64_t silu;
+  Optional factor;
+  Optional residual;
+};
+
+Optional checked_like(const char* name, const Optional& tensor, const Tensor& x, const std::vector<int64_t>& sizes) {
+  if (!tensor.has_value()) return tensor;
+  check_floats(name, *tensor, x.get_device_index());
+  bool same = tensor->scalar_type() == x.scalar_type() && tensor->dim() == static_cast<int64_t>(sizes.size());
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = tensor->size(d) == sizes[d];
+  if (!same) {
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    fail(std::string(name) + " must have the dtype of x and the shape [" + shape + "], got " +
+         argument_checks::describe(*tensor));
+  }
+  return tensor->is_contiguous() ? tensor : torch::stable::contiguous(*tensor);
+}
+
+Besides check_besides(const Tensor& x, const std::vector<Checked>& all, Besides given) {
+  if (given.norm_weight.has_value() && given.factor.has_value()) fail("norm_weight and factor must not both be given");
+  if (given.silu < -1 || given.silu >= static_cast<int64_t>(all.size()))
+    fail("silu must be the place of a weight, or -1, got " + std::to_string(given.silu));
+  if (given.residual.has_value() && all.size() != 1)
+    fail("residual is for one weight, got " + std::to_string(all.size()));
+  const std::vector<int64_t> x_sizes(x.sizes().begin(), x.sizes().end());
+  given.norm_weight = checked_like("norm_weight", given.norm_weight, x, {x_sizes.back()});
+  given.factor = checked_like("factor", given.factor, x, x_sizes);
+  if (given.residual.has_value()) given.residual = checked_like("residual", given.residual, x, all[0].y_sizes);
+  return given;
+}
+
+const void* pointer_of(const Optional& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
+
 // Whether the calls, which are of one x, are one launch.
-bool suits_group(const std::vector<Checked>& all, const std::vector<LinearCall>& calls) {
+bool suits_group(const std::vector<Checked>& all, const std::vector<LinearCall>& calls, const Fusion& fusion) {
   for (const Checked& checked : all) {
     if (checked.batch != 1 || checked.is_empty() || !fits(checked.call)) return false;
     if (checked.call.capability < 9 || !can_stream(checked.call.capability)) return false;
   }
-  return can_stream_group(calls.data(), static_cast<int>(calls.size()));
+  return can_stream_group(calls.data(), static_cast<int>(calls.size()), fusion);
 }
 
-using Tensors = std::vector<Tensor>;
-using Optionals = std::vector<std::optional<Tensor>>;
+// A launch for each weight and each step.
+Tensors run_one_by_one(std::vector<Checked>& all, Tensor x, const Besides& besides) {
+  Tensors ys;
+  if (all.empty()) return ys;
+  const LinearCall& call = all[0].call;
+  const auto rows = [&](const Tensor& from, Tensor& to) {
+    const int64_t columns = from.size(from.dim() - 1);
+    return RowsCall{from.const_data_ptr(), to.mutable_data_ptr(), call.dtype, all[0].batch, columns, call.stream};
+  };
+  if (besides.norm_weight.has_value() || besides.factor.has_value()) {
+    Tensor changed = empty(x, {x.sizes().begin(), x.sizes().end()});
+    const RowsCall step = rows(x, changed);
+    check_launch(besides.factor.has_value()
+                     ? multiply_rows(step, besides.factor->const_data_ptr())
+                     : rms_norm(step, besides.norm_weight->const_data_ptr(), static_cast<float>(besides.norm_eps)));
+    x = changed;
+  }
+  for (Checked& checked : all) ys.push_back(run_linear(checked, x));
+  if (besides.silu >= 0) check_launch(silu_rows(rows(ys[besides.silu], ys[besides.silu])));
+  if (besides.residual.has_value()) check_launch(add_rows(rows(ys[0], ys[0]), besides.residual->const_data_ptr()));
+  return ys;
+}
 
 Tensors lut_linear_group(const Tensor& x, Tensors qweight, Tensors lookup_table, Optionals crow_indices,
-                         Optionals col_indices, Optionals values, Optionals bias, int64_t bits) {
+                         Optionals col_indices, Optionals values, Optionals bias, int64_t bits, Optional norm_weight,
+                         double norm_eps, int64_t silu, Optional factor, Optional residual) {
   const size_t count = qweight.size();
   for (const size_t size : {lookup_table.size(), crow_indices.size(), col_indices.size(), values.size(), bias.size()})
     if (size != count) fail("the lists must be of one length");
   if (x.dim() < 1) fail("x must have at least one dimension, got none");
-  const int32_t device = x.get_device_index();
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(x.get_device_index());
   const Tensor x_contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
 
   std::vector<Checked> all;
@@ -249,17 +311,20 @@ Tensors lut_linear_group(const Tensor& x, Tensors qweight, Tensors lookup_table,
     calls.push_back(all[i].call);
     calls[i].x = x_contiguous.const_data_ptr();
   }
-  Tensors ys;
-  if (!suits_group(all, calls)) {
-    for (Checked& checked : all) ys.push_back(run_linear(checked, x_contiguous));
-    return ys;
+  const Besides besides = check_besides(x, all, {norm_weight, norm_eps, silu, factor, residual});
+  const Fusion fusion{pointer_of(besides.norm_weight), static_cast<float>(norm_eps), static_cast<int>(silu),
+                      pointer_of(besides.factor), pointer_of(besides.residual)};
+  if (suits_group(all, calls, fusion)) {
+    Tensors ys;
+    for (size_t i = 0; i < count; ++i) {
+      ys.push_back(empty(x, all[i].y_sizes));
+      calls[i].y = ys[i].mutable_data_ptr();
+    }
+    bool launched = false;
+    check_launch(linear_streamed_group(calls.data(), static_cast<int>(count), fusion, launched));
+    if (launched) return ys;
   }
-  for (size_t i = 0; i < count; ++i) {
-    ys.push_back(empty(x, all[i].y_sizes));
-    calls[i].y = ys[i].mutable_data_ptr();
-  }
-  check_launch(linear_streamed_group(calls.data(), static_cast<int>(count)));
-  return ys;
+  return run_one_by_one(all, x_contiguous, besides);
 }
 
 Tensor lut_dequantize(const Tensor& qweight, const Tensor& lookup_table, const std::optional<Tensor>& crow_indices,

@@ -21,7 +21,7 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, 
     const Tile tile = weights.tile(work.tile(count));
     for (int stage = 0; stage < plan.stages; ++stage) {
       // x must not queue behind a whole ring.
-      if (early-- == 0) wait(shared.x_full, 0);
+      if (early-- == 0) wait(shared.x_read, 0);
       wait(shared.empty[slot.index], slot.parity ^ 1);
       unsigned char* target = ring + slot.index * U::kSlotBytes;
       uint64_t& full = shared.full[slot.index];
@@ -36,24 +36,31 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, 
   }
 }
 
+// A warp's share of them, by one thread: an address that lanes do not share is worked off lane by lane.
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
 __device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, const LinearCall& call,
-                                    const Plan& plan) {
+                                    const Plan& plan, int share, int shares) {
   using D = Duties<kWarps>;
-  for (int i = 0; i < plan.ring; ++i) {
+  if (!elect_lane()) return;
+  for (int i = share; i < plan.ring; i += shares) {
     initialize_barrier(shared.full[i], 1);
     initialize_barrier(shared.empty[i], kStageWarps * kArrivingLanes);
   }
-  for (int i = 0; i < kTableBuffers; ++i) {
-    initialize_barrier(shared.tables_full[i], D::kFillWarps * kArrivingLanes);
-    initialize_barrier(shared.tables_empty[i], kWarps * kArrivingLanes);
+  if (share == 0)
+    for (int i = 0; i < kTableBuffers; ++i) {
+      initialize_barrier(shared.tables_full[i], D::kFillWarps * kArrivingLanes);
+      initialize_barrier(shared.tables_empty[i], kWarps * kArrivingLanes);
+    }
+  if (share == 1)
+    for (int i = 0; i < kSumBuffers; ++i) {
+      const int sum_warps = kWarps + (call.weight.crow_indices != nullptr ? D::kSumWarps : 0);
+      initialize_barrier(shared.sums_full[i], sum_warps * kArrivingLanes);
+      initialize_barrier(shared.sums_empty[i], kArrivingLanes);
+    }
+  if (share == 2) {
+    initialize_barrier(shared.x_read, kWarps * kArrivingLanes);
+    initialize_barrier(shared.x_full, kWarps * kArrivingLanes);
   }
-  for (int i = 0; i < kSumBuffers; ++i) {
-    const int sum_warps = kWarps + (call.weight.crow_indices != nullptr ? D::kSumWarps : 0);
-    initialize_barrier(shared.sums_full[i], sum_warps * kArrivingLanes);
-    initialize_barrier(shared.sums_empty[i], kArrivingLanes);
-  }
-  initialize_barrier(shared.x_full, kWarps * kArrivingLanes);
   fence_barriers();
 }
 
@@ -69,11 +76,11 @@ __device__ void run_block(unsigned char* memory, Weights weights, const Plan& pl
   // The shuffle tells the compiler that a warp's lanes agree on it.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarpLanes, 0);
 
-  // The longest way to the first products begins before the barriers are there.
+  // All that comes before the first products is here, in the order of the code: far instructions come late.
   TablePart<T, kBits, D::kFillWarps, Weights> tables(weights, warp - kWarps, lane);
   if (!kPlanes && warp >= kWarps && warp < kWarps + D::kFillWarps) tables.load(work.tile(0));
   if (warp == D::kCopyWarp) weights.prefetch_maps(lane);
-  if (threadIdx.x == 0) initialize_barriers(shared, call, plan);
+  initialize_barriers(shared, call, plan, warp, D::kCopyWarp + 1);
   __syncthreads();
   // The next kernel may start where this one's blocks have ended; until the previous one is complete,
   // only weights are read.
@@ -81,10 +88,10 @@ __device__ void run_block(unsigned char* memory, Weights weights, const Plan& pl
   if (warp < kWarps) {
     if constexpr (kPlanes) {
       unsigned char* planes = x + plan.x_stride;
-      const FixedPoint fixed = load_planes(x, planes, shared, call, plan);
+      const FixedPoint fixed = load_planes(x, planes, shared, weights, plan);
       multiply_planes(shared, ring, planes, fixed, plan, work, warp, lane);
     } else {
-      load_x<T, kBits, kWarps>(x, shared.x_full, call, plan);
+      load_x<T, kBits, kBatch, kWarps>(x, shared, weights, plan);
       multiply_dense(shared, ring, x, call, plan, work, warp, lane);
     }
   } else if (warp < kWarps + D::kFillWarps) {
@@ -95,8 +102,8 @@ __device__ void run_block(unsigned char* memory, Weights weights, const Plan& pl
     }
   } else if (warp < D::kCopyWarp) {
     sum_up(shared, weights, x, plan, work, warp - kWarps - D::kFillWarps, lane);
-  } else if (elect_lane()) {
-    order_copies(shared, ring, weights, plan, work);
+  } else {
+    if (elect_lane()) order_copies(shared, ring, weights, plan, work);
   }
 }
 

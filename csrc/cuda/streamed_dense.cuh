@@ -1,29 +1,36 @@
 // Look-ups and products in linear_streamed.
 #pragma once
 
-#include "streamed_layout.cuh"
+#include "streamed_input.cuh"
+#include "streamed_weights.cuh"
 
 namespace squeezellm_hf::cuda::streamed {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 // x into shared memory by the looking-up warps, zeros beyond its end.
-template <class T, int kBits, int kWarps>
-__device__ void load_x(unsigned char* x, uint64_t& x_full, const LinearCall& call, const Plan& plan) {
+template <class T, int kBits, int kBatch, int kWarps, class Weights>
+__device__ void load_x(unsigned char* x, Shared<T, kBits, kBatch, kWarps>& shared, Weights weights, const Plan& plan) {
+  const LinearCall& call = weights.call;
   const int pieces = call.weight.in_features / 8;
   const int padded_pieces = plan.stages * Unit<kBits>::kStageWeights / 8;
-  wait_for_previous_kernel();
-  for (int n = 0; n < call.batch; ++n) {
-    const auto* source =
-        reinterpret_cast<const uint4*>(static_cast<const T*>(call.x) + int64_t{n} * call.weight.in_features);
+  if constexpr (Weights::kFuses) {
+    Input<T, kWarps> input(x, shared.sums[0], call, weights.group.fusion, padded_pieces);
+    input.load([&] { arrive_for_warp(shared.x_read); });
+  } else {
+    wait_for_previous_kernel();
+    for (int n = 0; n < call.batch; ++n) {
+      const auto* source =
+          reinterpret_cast<const uint4*>(static_cast<const T*>(call.x) + int64_t{n} * call.weight.in_features);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < padded_pieces; i += kWarps * kWarpLanes)
-      *reinterpret_cast<uint4*>(x + n * plan.x_stride + x_piece(i) * 16) =
-          i < pieces ? load_uncached(source + i) : make_uint4(0, 0, 0, 0);
+      for (int i = threadIdx.x; i < padded_pieces; i += kWarps * kWarpLanes)
+        *reinterpret_cast<uint4*>(x + n * plan.x_stride + x_piece(i) * 16) =
+            i < pieces ? load_uncached(source + i) : make_uint4(0, 0, 0, 0);
+    }
+    arrive_for_warp(shared.x_read);
   }
-  __syncwarp();
-  if (threadIdx.x % kWarpLanes < kArrivingLanes) arrive(x_full);
-  wait(x_full, 0);
+  arrive_for_warp(shared.x_full);
+  wait(shared.x_full, 0);
 }
 
 template <int kBytes>

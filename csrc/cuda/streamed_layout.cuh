@@ -11,7 +11,7 @@ constexpr int kMaxStages = 32;    // of the ring
 constexpr int kSumBuffers = 2;    // tiles whose sums are in work at the same time
 constexpr int kTableBuffers = 2;  // the next tile's tables are filled during the work on one
 constexpr int kEntryBytes = 256;  // from one entry of a table to the next
-constexpr int kEarlyStages = 6;   // on their way before x
+constexpr int kEarlyStages = 3;   // on their way before x
 constexpr int kLeastRing = 6;     // stages without which too little is on its way
 constexpr int kWideBlock = 16;    // looking-up warps of the only block of a multiprocessor
 constexpr int kNarrowBlock = 8;   // and of each of two
@@ -102,6 +102,7 @@ struct alignas(16) Shared : Tables<kBits, kBatch, kWarps, kPlanes> {
   uint64_t tables_empty[kTableBuffers];
   uint64_t sums_full[kSumBuffers];
   uint64_t sums_empty[kSumBuffers];
+  uint64_t x_read;  // what is read of x has come
   uint64_t x_full;
 };
 
@@ -118,6 +119,9 @@ struct Work {
   }
   __device__ int tile(int count) const { return first + count * step; }
 };
+
+// Barriers of the looking-up warps; 0 is __syncthreads().
+enum Named : int { kPlanesBarrier = 1, kInputBarrier };
 
 // Position in the ring: a slot and the parity of its phase.
 struct Slot {

@@ -20,7 +20,7 @@ inline bool prefers_narrow(const LinearCall& call, int tiles) {
   constexpr int kLongRow = 8192;  // with few ends of tiles to cover
   const auto rounds = [&](int blocks) { return (tiles + blocks - 1) / blocks; };
   const int percent = call.weight.crow_indices != nullptr ? 125 : 110;  // of the other's time; measured
-  return call.weight.in_features <= kLongRow &&
+  return call.weight.bits != 3 && call.batch == 1 && call.weight.in_features <= kLongRow &&
          2 * rounds(2 * call.multiprocessors) * 100 <= rounds(call.multiprocessors) * percent;
 }
 
@@ -50,10 +50,10 @@ inline cudaError_t map_weight(const LutWeight& weight, CUtensorMap& map) {
                          map);
 }
 
-// Launches kernel(call, weights, plan), which goes through `tiles` tiles, to overlap the previous one's end.
+// Launches kernel(plan, call, weights), which goes through `tiles` tiles, to overlap the previous one's end.
 template <int kWarps, class Weights>
-cudaError_t launch_blocks(void (*kernel)(LinearCall, Weights, Plan), const LinearCall& call, const Weights& weights,
-                          const Plan& plan, int tiles) {
+cudaError_t launch_blocks(void (*kernel)(Plan, LinearCall, Weights), const Plan& plan, const LinearCall& call,
+                          const Weights& weights, int tiles) {
   const int bytes = block_memory<kWarps>(call);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
@@ -68,7 +68,7 @@ cudaError_t launch_blocks(void (*kernel)(LinearCall, Weights, Plan), const Linea
   config.stream = call.stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, call, weights, plan);
+  return cudaLaunchKernelEx(&config, kernel, plan, call, weights);
 }
 
 // Whether 2-bit indices are counted (streamed_planes.cuh): not where few weights do not repay what x costs then, nor on
@@ -86,7 +86,7 @@ bool launch_where_x_fits(KernelOf kernel_of, const LinearCall& call, const Weigh
   const auto launch = [&](auto warps, auto planes) {
     const Plan plan = make_plan<T, kBits, kBatch, warps.value, planes.value>(call);
     if (plan.ring < kLeastRing) return false;
-    error = launch_blocks<warps.value>(kernel_of(warps, planes), call, weights, plan, tiles);
+    error = launch_blocks<warps.value>(kernel_of(warps, planes), plan, call, weights, tiles);
     return true;
   };
   constexpr std::integral_constant<int, kNarrowBlock> narrow;

@@ -18,7 +18,6 @@ namespace squeezellm_hf::cuda::streamed {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 constexpr int kWordWeights = 16;
-constexpr int kPlanesBarrier = 1;  // of the looking-up warps, twice
 constexpr uint32_t kBitsP = 0x55555555;
 constexpr uint32_t kBitsQ = 0xaaaaaaaa;
 
@@ -113,30 +112,39 @@ struct FixedPoint {
 };
 
 // x into shared memory by the looking-up warps, as it is and as planes, zeros beyond its end.
-template <class T, int kWarps>
+template <class T, int kWarps, class Weights>
 __device__ FixedPoint load_planes(unsigned char* x, unsigned char* planes, Shared<T, 2, 1, kWarps, true>& shared,
-                                  const LinearCall& call, const Plan& plan) {
+                                  Weights weights, const Plan& plan) {
+  const LinearCall& call = weights.call;
   constexpr int kThreads = kWarps * kWarpLanes;
   const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;
   const int pieces = call.weight.in_features / 8;
   const int words = plan.stages * Unit<2>::kStageWeights / kWordWeights;
-  wait_for_previous_kernel();
   // The largest |x|, as bits, which are ordered as the values are: two at a time.
   uint32_t largest = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < words * 2; i += kThreads) {
-    const uint4 v = i < pieces ? load_uncached(static_cast<const uint4*>(call.x) + i) : make_uint4(0, 0, 0, 0);
-    *reinterpret_cast<uint4*>(x + x_piece(i) * 16) = v;
+  const auto compare = [&](const uint4& v) {
     const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) largest = __vmaxu2(largest, pairs[j] & 0x7fff7fff);
+  };
+  if constexpr (Weights::kFuses) {
+    Input<T, kWarps> input(x, shared.sums[0], call, weights.group.fusion, words * 2);
+    input.load([&] { arrive_for_warp(shared.x_read); });
+    input.visit(compare);
+  } else {
+    wait_for_previous_kernel();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < words * 2; i += kThreads) {
+      const uint4 v = i < pieces ? load_uncached(static_cast<const uint4*>(call.x) + i) : make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(x + x_piece(i) * 16) = v;
+      compare(v);
+    }
+    arrive_for_warp(shared.x_read);
   }
   largest = __reduce_max_sync(0xffffffff, max(largest & 0xffff, largest >> 16));
   if (lane == 0) shared.largest[warp] = largest;
-  // The copies of weights that must not be ahead of x go on, and so does the sparse part.
-  __syncwarp();
-  if (lane < kArrivingLanes) arrive(shared.x_full);
+  arrive_for_warp(shared.x_full);  // the sparse part goes on
   synchronize(kPlanesBarrier, kThreads);
   largest = __reduce_max_sync(0xffffffff, lane < kWarps ? shared.largest[lane] : 0);
   // 2^23 stands for the power of two above it.

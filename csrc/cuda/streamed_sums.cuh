@@ -7,6 +7,12 @@ namespace squeezellm_hf::cuda::streamed {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
+template <class T>
+__device__ __forceinline__ T silu(T value) {
+  const float x = to_float(value);
+  return from_float<T>(__fdividef(x, 1 + __expf(-x)));
+}
+
 // Adds a tile's sums and writes y: by one warp.
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes, class Weights>
 __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, Weights weights, const Work& work,
@@ -21,6 +27,9 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, W
   const bool inside = row < weight.out_features;
   uint32_t bias = 0;
   if (biases != nullptr && inside) bias = load_bits(biases, call.bias_dtype, row);
+  const auto* const residuals = static_cast<const T*>(weights.residual());
+  T residual{};
+  if (residuals != nullptr && inside) residual = __ldcg(residuals + row);
   float total[kTurns] = {};
   wait(shared.sums_full[buffer], count / kSumBuffers & 1);
 #pragma unroll
@@ -37,7 +46,10 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, W
     const int n = (i * kWarpLanes + lane) / kRows;
     if (!inside || n >= call.batch) continue;
     if (biases != nullptr) total[i] += float_of_bits(bias, call.bias_dtype);
-    static_cast<T*>(weights.y(tile.weight))[int64_t{n} * weight.out_features + row] = from_float<T>(total[i]);
+    T result = from_float<T>(total[i]);
+    if (weights.has_silu(tile.weight)) result = silu(result);
+    if (residuals != nullptr) result = from_float<T>(to_float(result) + to_float(residual));
+    static_cast<T*>(weights.y(tile.weight))[int64_t{n} * weight.out_features + row] = result;
   }
 }
 

@@ -49,6 +49,28 @@ struct LinearCall {
   cudaStream_t stream;
 };
 
+// What a group's launch does besides, for one row of activations; pointers are null where it does not. Each step is
+// rounded to the dtype of x, like those of a model's own layers.
+struct Fusion {
+  const void* norm_weight = nullptr;  // [in_features]: x is norm_weight * x / sqrt(mean(x^2) + norm_epsilon)
+  float norm_epsilon = 0;
+  int silu = -1;                   // of this weight, y is silu(y)
+  const void* factor = nullptr;    // [in_features]: x is x * factor
+  const void* residual = nullptr;  // [out_features], of the only weight: added to y
+
+  bool is_none() const { return norm_weight == nullptr && silu < 0 && factor == nullptr && residual == nullptr; }
+};
+
+// What of Fusion is done by a kernel of its own, for any rows and any float dtype; x and out may be one.
+struct RowsCall {
+  const void* x;  // [rows, columns], as out is
+  void* out;
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  cudaStream_t stream;
+};
+
 struct DequantizeCall {
   LutWeight weight;
   void* out;  // [out_features, in_features]
@@ -66,11 +88,16 @@ cudaError_t linear_streamed(const LinearCall& call);
 bool can_stream(int capability);
 // Whether x fits beside its tables; elsewhere it calls linear_small_batch.
 bool fits_streamed(const LinearCall& call);
-// The same for 2 to kMostGrouped calls of one x in one launch; only where can_stream and can_stream_group(). No
-// out_features may be 0.
-cudaError_t linear_streamed_group(const LinearCall* calls, int count);
+// The same for up to kMostGrouped calls of one x in one launch; only where can_stream and can_stream_group(). No
+// out_features may be 0. Nothing is launched where x does not fit.
+cudaError_t linear_streamed_group(const LinearCall* calls, int count, const Fusion& fusion, bool& launched);
 // Whether they suit it: batch 1, alike in all but out_features, and with a sparse part all or none.
-bool can_stream_group(const LinearCall* calls, int count);
+bool can_stream_group(const LinearCall* calls, int count, const Fusion& fusion);
+// The same steps elsewhere.
+cudaError_t rms_norm(const RowsCall& call, const void* weight, float epsilon);
+cudaError_t silu_rows(const RowsCall& call);
+cudaError_t multiply_rows(const RowsCall& call, const void* factor);
+cudaError_t add_rows(const RowsCall& call, const void* residual);
 // Any batch, to be followed by finish_linear; only where is_aligned(call).
 cudaError_t linear_tensor_core(const LinearCall& call);
 // Adds the workspace's slices, the sparse part and the bias.

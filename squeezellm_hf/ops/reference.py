@@ -115,22 +115,58 @@ def lut_linear_group(
     values: list[Tensor | None],
     bias: list[Tensor | None],
     bits: int,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    silu: int = -1,
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """One call after the other, by the kernels that there are for one.
+    """One call after the other, by the kernels that there are for one; see ``schema.py``.
 
     Raises:
-        ValueError or RuntimeError: naming the weight by its place in the lists.
+        ValueError or RuntimeError: naming the weight by its place in the lists, or the argument.
     """
     lists = (qweight, lookup_table, crow_indices, col_indices, values, bias)
     if len({len(tensors) for tensors in lists}) > 1:
         raise ValueError("the lists must be of one length")
+    if norm_weight is not None and factor is not None:
+        raise ValueError("norm_weight and factor must not both be given")
+    if not -1 <= silu < len(qweight):
+        raise ValueError(f"silu must be the place of a weight, or -1, got {silu}")
+    if residual is not None and len(qweight) != 1:
+        raise ValueError(f"residual is for one weight, got {len(qweight)}")
+    if norm_weight is not None:
+        _check_like("norm_weight", norm_weight, x, x.shape[-1:])
+        x = rms_norm(x, norm_weight, norm_eps)
+    elif factor is not None:
+        _check_like("factor", factor, x, x.shape)
+        x = x * factor
     results = []
     for index, tensors in enumerate(zip(*lists, strict=True)):
         try:
             results.append(torch.ops.squeezellm_hf.lut_linear_no_grad(x, *tensors, bits))
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"weight {index} of the group: {error}") from error
+    if silu >= 0:
+        results[silu] = torch.nn.functional.silu(results[silu])
+    if residual is not None:
+        _check_like("residual", residual, x, results[0].shape)
+        results[0] += residual
     return results
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) in fp32, rounded to the dtype of x, times ``weight``."""
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -> None:
+    if tensor.dtype != x.dtype or tensor.shape != shape:
+        raise ValueError(
+            f"{name} must have the dtype of x and the shape {list(shape)}, "
+            f"got {tensor.dtype} {list(tensor.shape)}"
+        )
 
 
 # Not as decorators: those leave None behind instead of the function.

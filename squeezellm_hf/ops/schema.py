@@ -5,7 +5,14 @@ Python is asked at every call, for 3.4 us, whether or not anything requires a gr
 :func:`squeezellm_hf.ops.lut_linear` takes the one or the other.
 
 ``lut_linear_group`` is several calls of ``lut_linear_no_grad`` with the same x, one weight each. Of
-its lists each has an entry a weight, None where that has none.
+its lists each has an entry a weight, None where that has none. What stands beside them in a
+transformer's block may be part of the call, each step rounded to the dtype of x:
+
+- ``norm_weight`` [in_features], ``norm_eps``: x is norm_weight * x / sqrt(mean(x^2) + norm_eps)
+  (RMSNorm, arXiv 1910.07467, equation 4);
+- ``silu``: of this weight of the lists, the result is silu of it (-1: of none), and
+  ``factor``, shaped like x: x is x * factor (SwiGLU, arXiv 2002.05202, equation 6, by two calls);
+- ``residual``, shaped like the result of the only weight: added to it.
 """
 
 import torch
@@ -30,7 +37,10 @@ for _name in (LUT_LINEAR, LUT_LINEAR_NO_GRAD, LUT_LINEAR_REFERENCE):
 torch.library.define(
     LUT_LINEAR_GROUP,
     "(Tensor x, Tensor[] qweight, Tensor[] lookup_table, Tensor?[] crow_indices, "
-    "Tensor?[] col_indices, Tensor?[] values, Tensor?[] bias, int bits) -> Tensor[]",
+    "Tensor?[] col_indices, Tensor?[] values, Tensor?[] bias, int bits, "
+    "Tensor? norm_weight=None, float norm_eps=0.0, int silu=-1, "
+    "Tensor? factor=None, Tensor? residual=None) "
+    "-> Tensor[]",
 )
 for _name in (LUT_DEQUANTIZE, LUT_DEQUANTIZE_REFERENCE):
     torch.library.define(
@@ -66,6 +76,11 @@ def _(
     values: list[Tensor | None],
     bias: list[Tensor | None],
     bits: int,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    silu: int = -1,
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in qweight]
 

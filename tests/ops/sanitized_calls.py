@@ -50,7 +50,7 @@ def call(
 
 
 def call_group(bits: int, density: float, hostile: bool = False) -> None:
-    """Weights of one x in one launch, the last tile of each cut short."""
+    """Weights of one x in one launch, the last tile of each cut short; and what else it does."""
     made = [
         make_weight(rows, 512, bits, density=density, full_row=True, table_dtype="bf16")
         for rows in (136, 33, 5)
@@ -62,8 +62,12 @@ def call_group(bits: int, density: float, hostile: bool = False) -> None:
             limits = torch.iinfo(weight[name].dtype)
             weight[name].random_(limits.min, limits.max)
     print(f"a group, {bits} bits, {density:.0%} sparse", flush=True)
-    lists = ([weight.get(name) for weight in tensors] for name in names)
-    torch.ops.squeezellm_hf.lut_linear_group(make_x(1, 512, "bf16").cuda(), *lists, bits)
+    group = torch.ops.squeezellm_hf.lut_linear_group
+    x = make_x(1, 512, "bf16").cuda()
+    lists = [[weight.get(name) for weight in tensors] for name in names]
+    group(x, *lists, bits)
+    (_, y, _) = group(x, *lists, bits, norm_weight=x[0], norm_eps=1e-5, silu=0)
+    group(x, *([last] for (_, last, _) in lists), bits, factor=x, residual=y)
 
 
 def main(batches: list[int]) -> None:

@@ -74,3 +74,46 @@ def test_errors_name_the_weight_and_the_tensor() -> None:
     lists[3] = lists[3][:2]
     with pytest.raises(ValueError, match="the lists must be of one length"):
         GROUP(x, *lists, bits)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_steps_before_and_behind(dtype: str) -> None:
+    """Against fp64, and each step rounded."""
+    kind = TORCH_DTYPES[dtype]
+    weights, x = make_weights(4), make_x(6, 40, dtype).view(2, 3, 40)
+    x[0, 0] = 0  # only eps keeps the norm finite
+    norm_weight, factor = torch.linspace(0.5, 1.5, 40).to(kind), x.flip(-1)
+    x64 = x.double()
+    scale = (x64.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    relative = torch.finfo(kind).eps
+    for steps, changed in (
+        ({"norm_weight": norm_weight, "norm_eps": 1e-5}, norm_weight * (x64 * scale).to(kind)),
+        ({"factor": factor}, (x64 * factor.double()).to(kind)),
+    ):
+        results = GROUP(*arguments(x, weights, 4), **steps, silu=2)
+        for place, (weight, y) in enumerate(zip(weights, results, strict=True)):
+            expected = ops.lut_linear(changed, **weight, bits=4)
+            if place == 2:
+                expected = (expected.double() * expected.double().sigmoid()).to(kind)
+            scale_of_y = float(expected.double().abs().max())
+            torch.testing.assert_close(y, expected, rtol=0, atol=4 * relative * scale_of_y)
+    residual = torch.randn(2, 3, 9).to(kind)
+    (y,) = GROUP(*arguments(x, weights[:1], 4), residual=residual)
+    assert torch.equal(y, ops.lut_linear(x, **weights[0], bits=4) + residual)
+
+
+def test_errors_name_the_step() -> None:
+    x, weights = make_x(2, 40, "fp32"), make_weights(4)
+    for steps, message in (
+        ({"norm_weight": x}, r"norm_weight must have the dtype of x and the shape \[40\], got"),
+        ({"norm_weight": x[0].half()}, "norm_weight must have the dtype of x"),
+        ({"factor": x[0]}, r"factor must have the dtype of x and the shape \[2, 40\], got"),
+        ({"factor": x, "norm_weight": x[0]}, "norm_weight and factor must not both be given"),
+        ({"silu": 3}, "silu must be the place of a weight, or -1, got 3"),
+        ({"silu": -2}, "silu must be the place of a weight, or -1, got -2"),
+        ({"residual": x}, "residual is for one weight, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GROUP(*arguments(x, weights, 4), **steps)
+    with pytest.raises(ValueError, match=r"residual must have .* the shape \[2, 9\], got"):
+        GROUP(*arguments(x, weights[:1], 4), residual=x)
