@@ -2,13 +2,14 @@
 
 A kernel that multiplies one row by a small weight takes some 3 us beside its bytes, more where the
 kernel before it does not say that it ends. Of a transformer's block, the query, key and value
-projections share an input, and so do the two halves of a gated MLP.
+projections share an input, and so do the two halves of a gated MLP. What stands between such calls
+becomes part of them, too (:mod:`squeezellm_hf.nn.fusing`).
 
 Inductor runs :class:`GroupLinears` as ``torch._inductor.config.post_grad_custom_pre_pass``, its
 hook for passes of others. There is one, which is left alone where it is taken.
 
 Environment:
-    SQUEEZELLM_HF_GROUP_LINEARS: ``0``: the pass is not installed.
+    SQUEEZELLM_HF_GROUP_LINEARS: ``0``: the pass is not installed, nothing is grouped or fused.
 """
 
 import operator
@@ -22,13 +23,11 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
+from squeezellm_hf.nn import fusing
+from squeezellm_hf.nn.fusing import GROUP, LINEAR, TRACED
 from squeezellm_hf.ops import native
 
 MOST = 4  # weights that share a launch: kMostGrouped in csrc/cuda/weight.h
-
-_LINEAR = torch.ops.squeezellm_hf.lut_linear_no_grad.default
-_GROUP = torch.ops.squeezellm_hf.lut_linear_group.default
-_TRACED = "eager_input_vals"  # in a node's meta
 
 
 def is_one_launch(x: Tensor) -> bool:
@@ -46,7 +45,8 @@ class GroupLinears(CustomGraphPass):
     """Puts one ``lut_linear_group`` for several ``lut_linear_no_grad`` with one x and one width.
 
     It stands where the first of them stood; calls that need what is computed later, or that come
-    after something is written in place, are none of its group.
+    after something is written in place, are none of its group. Then what stands beside the calls
+    becomes part of them.
 
     Args:
         suits: whether calls with this x, a fake tensor, are to be grouped.
@@ -59,10 +59,13 @@ class GroupLinears(CustomGraphPass):
         position = {node: index for index, node in enumerate(graph.nodes)}
         for group in self._groups(graph, position):
             _replace(graph, group, position)
+        fusing.fuse(graph, self._suits)
 
     def uuid(self) -> Any:
         """What Inductor's caches know the pass by; None: compiled graphs are not cached."""
-        return get_hash_for_files((__file__,)) if self._suits is is_one_launch else None
+        if self._suits is not is_one_launch:
+            return None
+        return get_hash_for_files((__file__, fusing.__file__))
 
     def _groups(self, graph: Graph, position: Mapping[Node, int]) -> list[list[Node]]:
         groups: list[list[Node]] = []
@@ -81,14 +84,14 @@ class GroupLinears(CustomGraphPass):
         return [group for group in groups if len(group) > 1]
 
     def _is_candidate(self, node: Node) -> bool:
-        if node.op != "call_function" or node.target is not _LINEAR or node.kwargs:
+        if node.op != "call_function" or node.target is not LINEAR or node.kwargs:
             return False
         x = node.args[0]
         return (
             isinstance(x, Node)
             and isinstance(x.meta.get("val"), Tensor)
             and "val" in node.meta
-            and len(node.args) == len(_LINEAR._schema.arguments)
+            and len(node.args) == len(LINEAR._schema.arguments)
             and self._suits(x.meta["val"])
         )
 
@@ -130,15 +133,15 @@ def _replace(graph: Graph, group: list[Node], position: dict[Node, int]) -> None
                 first.prepend(needed)
                 position[needed] = position[first]  # not to be moved again, behind its use here
     with graph.inserting_before(first):
-        call = graph.call_function(_GROUP, _together([node.args for node in group]))
+        call = graph.call_function(GROUP, _together([node.args for node in group]))
         results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(group))]
     call.meta = {**first.meta, "val": [node.meta["val"] for node in group]}
     # The inputs as they were traced: Inductor lays out the new call's as these were.
-    traced = [call.meta.pop(_TRACED, None), *(node.meta.get(_TRACED) for node in group[1:])]
+    traced = [call.meta.pop(TRACED, None), *(node.meta.get(TRACED) for node in group[1:])]
     if None not in traced:
-        call.meta[_TRACED] = (_together([args for args, _ in traced]), {})
+        call.meta[TRACED] = (_together([args for args, _ in traced]), {})
     for node, result in zip(group, results, strict=True):
-        result.meta = {key: value for key, value in node.meta.items() if key != _TRACED}
+        result.meta = {key: value for key, value in node.meta.items() if key != TRACED}
         node.replace_all_uses_with(result)
         graph.erase_node(node)
 
