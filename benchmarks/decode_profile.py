@@ -1,16 +1,20 @@
 """Where the time of a decoding step on a CUDA device goes: by kernel, and idle for the host.
 
+    python benchmarks/decode_profile.py 8b
     python benchmarks/decode_profile.py 32b --layers 8 --weights bf16 w4+ w3
     python benchmarks/decode_profile.py 8b --layers 8 --weights w4+ --grouping off on
 
 A model with random weights through Transformers' compiled ``generate``, batch 1, static cache, as
-in models.py. Wall time is the difference of two lengths of text without a profiler; kernels are
-those that the profiler counts more of in the longer one.
+in models.py. Wall time is the difference of two lengths of text without a profiler; the CUDA
+graph's is that between events around its replay, a median; kernels are those that the profiler
+counts more of in the longer text.
 """
 
 import argparse
 import itertools
+import statistics
 from collections import Counter
+from unittest.mock import patch
 
 import torch
 from models import Generation, build
@@ -34,6 +38,24 @@ def kernels(generation: Generation, tokens: int) -> tuple[Counter[str], Counter[
     return microseconds, calls
 
 
+def graph_microseconds(generation: Generation) -> float:
+    """Of a token's CUDA graph: all that torch.compile made of the decoding step."""
+    pairs = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def timed(graph: torch.cuda.CUDAGraph) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay(graph)
+        end.record()
+        pairs.append((start, end))
+
+    with patch.object(torch.cuda.CUDAGraph, "replay", timed):
+        generation.run(LONG)
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e3
+
+
 def report(name: str, weights: str, layers: int | None, rows: int, grouped: bool) -> None:
     """Print the kernels of a decoding step that take longest."""
     model = build(name, weights, layers, "cuda")
@@ -50,7 +72,7 @@ def report(name: str, weights: str, layers: int | None, rows: int, grouped: bool
     print(
         f"{name}, {model.config.num_hidden_layers} blocks, {weights}"
         f"{'' if grouped else ', a call for each layer'}: {seconds / tokens * 1e6:.0f} us a token, "
-        f"the device busy for {sum(microseconds.values()):.0f} with "
+        f"{graph_microseconds(generation):.0f} of its CUDA graph, the device busy for {sum(microseconds.values()):.0f} with "
         f"{sum(calls.values()):.0f} kernels"
     )
     for kernel in sorted(microseconds, key=lambda k: -microseconds[k])[:rows]:
@@ -66,7 +88,7 @@ def main() -> None:
                         help="bf16, or w and the bits, with + for a sparse part")  # fmt: skip
     parser.add_argument("--layers", type=int, help="blocks; default: the model's own")
     parser.add_argument("--grouping", nargs="+", choices=["on", "off"], default=["on"],
-                        help="whether layers of one input are one call")  # fmt: skip
+                        help="whether layers of one input are one call, with norms and residuals")  # fmt: skip
     parser.add_argument("--rows", type=int, default=16, help="kernels to print")
     args = parser.parse_args()
     for weights, grouped in itertools.product(args.weights, args.grouping):
