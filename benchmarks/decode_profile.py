@@ -71,8 +71,10 @@ def report(name: str, weights: str, layers: int | None, rows: int, grouped: bool
     calls = {k: (long[1][k] - short[1][k]) / tokens for k in long[1]}
     print(
         f"{name}, {model.config.num_hidden_layers} blocks, {weights}"
-        f"{'' if grouped else ', a call for each layer'}: {seconds / tokens * 1e6:.0f} us a token, "
-        f"{graph_microseconds(generation):.0f} of its CUDA graph, the device busy for {sum(microseconds.values()):.0f} with "
+        f"{'' if grouped else ', a call for each layer'}: "
+        f"{seconds / tokens * 1e6:.0f} us a token, "
+        f"{graph_microseconds(generation):.0f} of its CUDA graph, "
+        f"the device busy for {sum(microseconds.values()):.0f} with "
         f"{sum(calls.values()):.0f} kernels"
     )
     for kernel in sorted(microseconds, key=lambda k: -microseconds[k])[:rows]:
@@ -88,7 +90,7 @@ def main() -> None:
                         help="bf16, or w and the bits, with + for a sparse part")  # fmt: skip
     parser.add_argument("--layers", type=int, help="blocks; default: the model's own")
     parser.add_argument("--grouping", nargs="+", choices=["on", "off"], default=["on"],
-                        help="whether layers of one input are one call, with norms and residuals")  # fmt: skip
+                        help="whether layers of one input are one call, with norms")  # fmt: skip
     parser.add_argument("--rows", type=int, default=16, help="kernels to print")
     args = parser.parse_args()
     for weights, grouped in itertools.product(args.weights, args.grouping):

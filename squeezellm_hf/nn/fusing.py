@@ -56,9 +56,9 @@ def _with_norm(graph: Graph, call: Node, earlier: set[Node]) -> Node:
     """The call, with the RMSNorm that makes its x and nothing else's."""
     x: Any = call.args[0]
     found = _rms_norm(x) if len(x.users) == 1 else None
-    if found is None:
+    if found is None or not _is_undisturbed(found[0], x, call):
         return call
-    source, weight, eps = found
+    _, source, weight, eps = found
     call = _changed(graph, call, earlier, x=source, norm_weight=weight, norm_eps=eps)
     _erase(graph, x)
     return call
@@ -69,7 +69,7 @@ def _with_product(
 ) -> Node:
     """The call, with the product silu(y) * z that is its x, where y is the result of a call."""
     x: Any = call.args[0]
-    if len(x.users) > 1:
+    if len(x.users) > 1 or _step(call, "norm_weight") is not None:
         return call
     for activated, other in _either_order(x, _aten.mul.Tensor):
         y = _before_silu(activated, x)
@@ -78,7 +78,7 @@ def _with_product(
         maker, place = (y, 0) if y.target is LINEAR else _arguments(y, operator.getitem, 2)
         if maker is None or not _is_candidate(maker, suits):
             continue
-        if maker.target is GROUP and _step(maker, "silu") >= 0:
+        if _step(maker, "silu") != -1 or not _is_undisturbed(x, maker, call):
             continue
         maker = _changed(graph, maker, earlier, silu=place)
         y = _results(maker)[place]
@@ -95,7 +95,9 @@ def _with_residual(graph: Graph, call: Node, earlier: set[Node]) -> Node:
         return call
     (total,) = y.users
     for one, other in _either_order(total, _aten.add.Tensor):
-        if one is y and other in earlier and _is_alike(other, y) and _is_alike(total, y):
+        if one is not y or other not in earlier:
+            continue
+        if _is_alike(other, y) and _is_alike(total, y) and _is_undisturbed(call, call, total):
             call = _changed(graph, call, earlier, residual=other)
             total.replace_all_uses_with(_results(call)[0])
             graph.erase_node(total)
@@ -125,19 +127,49 @@ def _changed(graph: Graph, call: Node, earlier: set[Node], **changes: Any) -> No
     return call
 
 
-def _step(group: Node, name: str) -> Any:
+def _step(call: Node, name: str) -> Any:
     place = _PLACE[name]
-    return group.args[place] if place < len(group.args) else _STEPS[place - _BITS - 1]
+    return call.args[place] if place < len(call.args) else _STEPS[place - _BITS - 1]
+
+
+def _is_undisturbed(first: Node, other: Node, last: Node) -> bool:
+    """Whether ``last`` may do what ``first`` does: on its stream, and nothing written between."""
+    if len({stream_of(node) for node in (first, other, last)}) > 1:
+        return False
+    node = last
+    while node is not first:
+        node = node.prev
+        if node.op == "root" or may_write(node):
+            return False
+    return True
+
+
+def stream_of(node: Node) -> Any:
+    """The stream that a program put the node on, if any."""
+    return node.meta.get("custom", {}).get("stream")
+
+
+def may_write(node: Node) -> bool:
+    """Whether the node changes a tensor in place, as far as its schema tells."""
+    if node.op != "call_function":
+        return node.op in ("call_method", "call_module")
+    if isinstance(node.target, torch._ops.OpOverload):
+        # Events of streams order what they do not name.
+        return node.target._schema.is_mutable or node.target.namespace == "streams"
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _results(group: Node) -> dict[int, Node]:
     return {user.args[1]: user for user in group.users if user.target is operator.getitem}  # type: ignore[misc]
 
 
-def _rms_norm(node: Node) -> tuple[Node, Node, float] | None:
-    """x, weight and eps of weight * (x32 * rsqrt(mean(x32^2) + eps)), as Llama's norm computes it.
+def _rms_norm(node: Node) -> tuple[Node, Node, Node, float] | None:
+    """Of weight * (x32 * rsqrt(mean(x32^2) + eps)), as Llama's norm computes it.
 
     x32 is x in fp32, and the product in parentheses is rounded to the dtype of x.
+
+    Returns:
+        The first node that reads x, x, weight and eps.
     """
     dtype = node.meta["val"].dtype
     for weight, normalized in _either_order(node, _aten.mul.Tensor):
@@ -158,7 +190,7 @@ def _rms_norm(node: Node) -> tuple[Node, Node, float] | None:
                 and weight.meta["val"].dtype == dtype
                 and weight.meta["val"].shape == node.meta["val"].shape[-1:]
             ):
-                return x, weight, float(eps)
+                return (squares if x32 is x else x32), x, weight, float(eps)
     return None
 
 

@@ -24,7 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 from squeezellm_hf.nn import fusing
-from squeezellm_hf.nn.fusing import GROUP, LINEAR, TRACED
+from squeezellm_hf.nn.fusing import GROUP, LINEAR, TRACED, may_write, stream_of
 from squeezellm_hf.ops import native
 
 MOST = 4  # weights that share a launch: kMostGrouped in csrc/cuda/weight.h
@@ -71,7 +71,7 @@ class GroupLinears(CustomGraphPass):
         groups: list[list[Node]] = []
         latest: dict[tuple[Any, ...], list[Node]] = {}
         for node in graph.nodes:
-            if _may_write(node):
+            if may_write(node):
                 latest.clear()
             if not self._is_candidate(node):
                 continue
@@ -103,18 +103,7 @@ def _kind(node: Node) -> tuple[Any, ...]:
         tensor.meta["val"].dtype if isinstance(tensor, Node) and "val" in tensor.meta else None
         for tensor in (table, pointers, columns, values)
     )
-    stream = node.meta.get("custom", {}).get("stream")
-    return (x, bits, stream, *dtypes)
-
-
-def _may_write(node: Node) -> bool:
-    """Whether the node changes a tensor in place, as far as its schema tells."""
-    if node.op != "call_function":
-        return node.op in ("call_method", "call_module")
-    if isinstance(node.target, torch._ops.OpOverload):
-        # Events of streams order what they do not name.
-        return node.target._schema.is_mutable or node.target.namespace == "streams"
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return (x, bits, stream_of(node), *dtypes)
 
 
 def _needs_later(node: Node, place: Node, position: Mapping[Node, int]) -> bool:

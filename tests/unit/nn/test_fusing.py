@@ -236,3 +236,55 @@ def test_calls_with_an_x_that_does_not_suit_are_left(x: Tensor, weight: Tensor) 
     before = targets(module)
     grouping.GroupLinears(lambda x: False)(module.graph)
     assert targets(module) == before
+
+
+def test_a_norm_before_the_gated_product_is_no_part_of_the_same_call(x: Tensor) -> None:
+    gate, up, down = layer(INNER), layer(INNER), layer(SIZE, INNER)
+    weight = torch.linspace(0.5, 1.5, INNER).to(x.dtype)
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return down(rms_norm(nn.functional.silu(gate(x)) * up(x), weight))
+
+    assert fused(function, x, weight)[0] == [set(), {"norm_weight", "norm_eps"}]
+
+
+def test_nothing_moves_across_what_is_written_in_place(x: Tensor, weight: Tensor) -> None:
+    a, gate, up, down = layer(SIZE), layer(INNER), layer(INNER), layer(SIZE, INNER)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        source = x * 2
+        h = rms_norm(source, weight)
+        source.add_(1)
+        return a(h)
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        u = up(x)
+        h = nn.functional.silu(gate(x)) * u
+        u.add_(1)
+        return down(h)
+
+    def residual(x: Tensor, weight: Tensor) -> Tensor:
+        other = x * 2
+        y = a(x)
+        other.add_(1)
+        return other + y
+
+    for function in (norm, product, residual):
+        calls, _ = fused(function, x, weight)
+        assert not any(calls)
+
+
+def test_what_runs_on_other_streams_is_left(x: Tensor, weight: Tensor) -> None:
+    a = layer(SIZE)
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return x + a(rms_norm(x, weight))
+
+    with torch.no_grad():
+        module = make_fx(function, decomposition_table=select_decomp_table())(x, weight)
+    for node in module.graph.nodes:
+        if "lut_linear" in str(node.target):
+            node.meta["custom"] = {"stream": 1}
+    before = targets(module)
+    grouping.GroupLinears(lambda x: True)(module.graph)
+    assert targets(module) == before
