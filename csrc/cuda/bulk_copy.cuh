@@ -38,6 +38,12 @@ __device__ __forceinline__ uint4 load_uncached(const uint4* source) {
   return v;
 }
 
+__device__ __forceinline__ unsigned short load_uncached(const unsigned short* source) {
+  unsigned short v;
+  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(source));
+  return v;
+}
+
 // Calls `bytes` bytes into the L2 cache; both are multiples of 16.
 __device__ __forceinline__ void prefetch_l2(const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes));

@@ -128,9 +128,11 @@ class Input {
   template <class AllRead>
   __device__ void load_normalized(const uint4* source, const AllRead& all_read) {
     const auto* weight = static_cast<const uint4*>(fusion_.norm_weight);
-    const auto read_weight = [&](int i) { return __ldg(weight + i); };
-    auto weights = read_ahead(threadIdx.x, read_weight);  // a parameter: while the previous kernel ends
+    const auto read_weight = [&](int i) { return load_uncached(weight + i); };
+    // On its way while the previous kernel ends, which may have made it.
+    for (int i = threadIdx.x; i < pieces_; i += kThreads) prefetch_l2(weight + i);
     wait_for_previous_kernel();
+    auto weights = read_ahead(threadIdx.x, read_weight);
     float squares = 0;
     each([&](int i) { return load_uncached(source + i); },
          [&](const uint4& v) { return squares += sum_of_squares<T>(v), v; });

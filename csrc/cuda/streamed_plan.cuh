@@ -20,7 +20,7 @@ inline bool prefers_narrow(const LinearCall& call, int tiles) {
   constexpr int kLongRow = 8192;  // with few ends of tiles to cover
   const auto rounds = [&](int blocks) { return (tiles + blocks - 1) / blocks; };
   const int percent = call.weight.crow_indices != nullptr ? 125 : 110;  // of the other's time; measured
-  return call.weight.bits != 3 && call.batch == 1 && call.weight.in_features <= kLongRow &&
+  return call.weight.in_features <= kLongRow &&
          2 * rounds(2 * call.multiprocessors) * 100 <= rounds(call.multiprocessors) * percent;
 }
 
@@ -92,7 +92,10 @@ bool launch_where_x_fits(KernelOf kernel_of, const LinearCall& call, const Weigh
   constexpr std::integral_constant<int, kNarrowBlock> narrow;
   constexpr std::integral_constant<int, kWideBlock> wide;
   const auto launch_either = [&](auto planes) {
-    return (prefers_narrow(call, tiles) && launch(narrow, planes)) || launch(wide, planes);
+    // Not with 3 bits, nor with several activations; measured.
+    if constexpr (kBits != 3 && kBatch == 1)
+      if (prefers_narrow(call, tiles) && launch(narrow, planes)) return true;
+    return launch(wide, planes);
   };
   if constexpr (kBits == 2 && kBatch == 1) {
     constexpr std::true_type planes;

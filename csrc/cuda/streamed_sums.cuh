@@ -27,9 +27,9 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, W
   const bool inside = row < weight.out_features;
   uint32_t bias = 0;
   if (biases != nullptr && inside) bias = load_bits(biases, call.bias_dtype, row);
-  const auto* const residuals = static_cast<const T*>(weights.residual());
-  T residual{};
-  if (residuals != nullptr && inside) residual = __ldcg(residuals + row);
+  const auto* const residuals = static_cast<const unsigned short*>(weights.residual());
+  unsigned short residual = 0;
+  if (residuals != nullptr && inside) residual = load_uncached(residuals + row);
   float total[kTurns] = {};
   wait(shared.sums_full[buffer], count / kSumBuffers & 1);
 #pragma unroll
@@ -48,7 +48,8 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, W
     if (biases != nullptr) total[i] += float_of_bits(bias, call.bias_dtype);
     T result = from_float<T>(total[i]);
     if (weights.has_silu(tile.weight)) result = silu(result);
-    if (residuals != nullptr) result = from_float<T>(to_float(result) + to_float(residual));
+    if (residuals != nullptr)
+      result = from_float<T>(to_float(result) + to_float(*reinterpret_cast<const T*>(&residual)));
     static_cast<T*>(weights.y(tile.weight))[int64_t{n} * weight.out_features + row] = result;
   }
 }

@@ -55,7 +55,7 @@ def _is_candidate(node: Node, suits: Callable[[Tensor], bool]) -> bool:
 def _with_norm(graph: Graph, call: Node, earlier: set[Node]) -> Node:
     """The call, with the RMSNorm that makes its x and nothing else's."""
     x: Any = call.args[0]
-    found = _rms_norm(x) if len(x.users) == 1 else None
+    found = None if len(x.users) > 1 or _makes_x(call) else _rms_norm(x)
     if found is None or not _is_undisturbed(found[0], x, call):
         return call
     _, source, weight, eps = found
@@ -69,20 +69,22 @@ def _with_product(
 ) -> Node:
     """The call, with the product silu(y) * z that is its x, where y is the result of a call."""
     x: Any = call.args[0]
-    if len(x.users) > 1 or _step(call, "norm_weight") is not None:
+    if len(x.users) > 1 or _makes_x(call):
         return call
     for activated, other in _either_order(x, _aten.mul.Tensor):
         y = _before_silu(activated, x)
-        if y is None or not _is_alike(y, x) or not _is_alike(other, x) or other is activated:
+        if y is None or other is activated or not _is_alike(y, x) or not _is_alike(other, x):
             continue
         maker, place = (y, 0) if y.target is LINEAR else _arguments(y, operator.getitem, 2)
         if maker is None or not _is_candidate(maker, suits):
             continue
-        if _step(maker, "silu") != -1 or not _is_undisturbed(x, maker, call):
+        # A call does silu before it adds a residual.
+        if _step(maker, "silu") != -1 or _step(maker, "residual") is not None:
+            continue
+        if _result(maker, place) is not y or not _is_undisturbed(x, maker, call):
             continue
         maker = _changed(graph, maker, earlier, silu=place)
-        y = _results(maker)[place]
-        call = _changed(graph, call, earlier, x=other, factor=y)
+        call = _changed(graph, call, earlier, x=other, factor=_result(maker, place))
         _erase(graph, x)
         break
     return call
@@ -90,8 +92,9 @@ def _with_product(
 
 def _with_residual(graph: Graph, call: Node, earlier: set[Node]) -> Node:
     """The call, with the sum that its result is for and nothing else's; the rest is computed."""
-    y = call if call.target is LINEAR else _results(call)[0]
-    if (call.target is GROUP and len(call.meta["val"]) > 1) or len(y.users) != 1:
+    single = call.target is LINEAR or len(call.meta["val"]) == 1
+    y = _result(call, 0) if single and _step(call, "residual") is None else None
+    if y is None or len(y.users) != 1:
         return call
     (total,) = y.users
     for one, other in _either_order(total, _aten.add.Tensor):
@@ -99,7 +102,7 @@ def _with_residual(graph: Graph, call: Node, earlier: set[Node]) -> Node:
             continue
         if _is_alike(other, y) and _is_alike(total, y) and _is_undisturbed(call, call, total):
             call = _changed(graph, call, earlier, residual=other)
-            total.replace_all_uses_with(_results(call)[0])
+            total.replace_all_uses_with(_result(call, 0))  # type: ignore[arg-type]
             graph.erase_node(total)
             break
     return call
@@ -119,11 +122,12 @@ def _changed(graph: Graph, call: Node, earlier: set[Node], **changes: Any) -> No
         if call in earlier:
             earlier |= {group, result}
         call = group
-    if len(call.args) == _BITS + 1:
-        call.args = (*call.args, *_STEPS)
+    call.args = (*call.args, *_STEPS[len(call.args) - _BITS - 1 :])
     for name, value in changes.items():
         call.update_arg(_PLACE[name], value)
-    call.meta[TRACED] = (map_arg(call.args, lambda node: node.meta["val"]), {})
+    call.meta.pop(TRACED, None)
+    if all("val" in node.meta for node in call.all_input_nodes):
+        call.meta[TRACED] = (map_arg(call.args, lambda node: node.meta["val"]), {})
     return call
 
 
@@ -159,8 +163,17 @@ def may_write(node: Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def _results(group: Node) -> dict[int, Node]:
-    return {user.args[1]: user for user in group.users if user.target is operator.getitem}  # type: ignore[misc]
+def _makes_x(call: Node) -> bool:
+    """Whether the call changes x already: it has one such step."""
+    return _step(call, "norm_weight") is not None or _step(call, "factor") is not None
+
+
+def _result(call: Node, place: int) -> Node | None:
+    """The result of a weight, if one node stands for it."""
+    if call.target is LINEAR:
+        return call
+    found = [user for user in call.users if _arguments(user, operator.getitem, 2)[1] == place]
+    return found[0] if len(found) == 1 else None
 
 
 def _rms_norm(node: Node) -> tuple[Node, Node, Node, float] | None:
@@ -185,10 +198,10 @@ def _rms_norm(node: Node) -> tuple[Node, Node, Node, float] | None:
                 and (power, dims, kept) == (2, [-1], True)
                 and isinstance(eps, float | int)
                 and _is_alike(x, node)
-                # A parameter: kernels read it while the one before them ends.
-                and weight.op in ("placeholder", "get_attr")
+                and weight.op in ("placeholder", "get_attr")  # there before x is
                 and weight.meta["val"].dtype == dtype
-                and weight.meta["val"].shape == node.meta["val"].shape[-1:]
+                and weight.meta["val"].dim() == 1
+                and _sizes(weight) == _sizes(node)[-1:] != []
             ):
                 return (squares if x32 is x else x32), x, weight, float(eps)
     return None
@@ -208,7 +221,8 @@ def _before_silu(node: Node, user: Node) -> Node | None:
     if one != 1 or negated is not y32 or y is None:
         return None
     steps = {y, y32, negative, exponential, denominator, quotient, node}
-    return y if all(set(step.users) <= {*steps, user} for step in steps) else None
+    inside = all(set(step.users) <= steps for step in steps - {node})
+    return y if inside and set(node.users) == {user} else None
 
 
 def _before_cast(node: Any, dtype: torch.dtype) -> Any:
@@ -238,16 +252,26 @@ def _is_tensor(node: Any) -> bool:
 
 
 def _is_alike(node: Any, other: Node) -> bool:
-    """Whether both are tensors of one dtype, shape and device."""
+    """Whether both are tensors of one dtype, shape and device, all sizes known."""
     if not _is_tensor(node):
         return False
     one, two = node.meta["val"], other.meta["val"]
-    return (one.dtype, one.device) == (two.dtype, two.device) and one.shape == two.shape
+    known = len(_sizes(node)) == one.dim() and len(_sizes(other)) == two.dim()
+    return (
+        known
+        and _sizes(node) == _sizes(other)
+        and (one.dtype, one.device) == (two.dtype, two.device)
+    )
+
+
+def _sizes(node: Node) -> list[int]:
+    """Of a tensor's sizes those that are known: to compare the others would be a guard."""
+    return [size for size in node.meta["val"].shape if isinstance(size, int)]
 
 
 def _erase(graph: Graph, node: Node) -> None:
     """The node, and what no other needs of what it needed: only steps that are matched above."""
-    if node.users or node.op != "call_function":
+    if node.users or node.op != "call_function" or node._erased:
         return
     inputs = node.all_input_nodes
     graph.erase_node(node)

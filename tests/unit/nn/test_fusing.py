@@ -288,3 +288,92 @@ def test_what_runs_on_other_streams_is_left(x: Tensor, weight: Tensor) -> None:
     before = targets(module)
     grouping.GroupLinears(lambda x: True)(module.graph)
     assert targets(module) == before
+
+
+def test_silu_of_what_has_a_residual_is_left(x: Tensor) -> None:
+    gate, up, down = layer(INNER), layer(INNER), layer(SIZE, INNER)
+
+    def function(x: Tensor, r: Tensor) -> Tensor:
+        return down(nn.functional.silu(r + gate(x)) * up(x + 1))
+
+    r = torch.linspace(-1, 1, INNER).view(1, 1, INNER).to(x.dtype)
+    assert [call for call in fused(function, x, r)[0] if call] == [{"residual"}]
+
+
+def test_products_with_a_part_of_the_activation_are_left(x: Tensor) -> None:
+    gate, up, down = layer(INNER), layer(INNER), layer(SIZE, INNER)
+
+    def with_itself(x: Tensor) -> Tensor:
+        g = gate(x)
+        return down(nn.functional.silu(g) * g)
+
+    def in_a_group(x: Tensor) -> tuple[Tensor, ...]:
+        g = gate(x)
+        return down(nn.functional.silu(g) * g), up(x)
+
+    def with_a_step(x: Tensor) -> Tensor:
+        g = gate(x).float()
+        e = torch.exp(-g) + 1
+        return down(((g / e) * e).to(x.dtype))
+
+    def twice(x: Tensor) -> Tensor:
+        activated = nn.functional.silu(gate(x))
+        return down(activated * activated)
+
+    for function in (with_itself, in_a_group, with_a_step, twice):
+        assert not any(fused(function, x)[0])
+
+
+def test_sizes_that_are_not_known_are_not_compared(x: Tensor, weight: Tensor) -> None:
+    a = layer(SIZE)
+
+    def function(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        rows = torch.nonzero(mask)[:, 0]
+        return x.new_ones(4, SIZE)[rows] + a(rms_norm(x[0], weight))
+
+    torch._dynamo.reset()
+    with (
+        torch.no_grad(),
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+        torch._inductor.config.patch(
+            post_grad_custom_pre_pass=grouping.GroupLinears(lambda x: True)
+        ),
+    ):
+        mask = torch.tensor([0, 1, 0, 0])
+        y = torch.compile(function, fullgraph=True)(x, weight, mask)
+        torch.testing.assert_close(y, function(x, weight, mask), rtol=2**-6, atol=1e-2)
+
+
+def test_groups_that_a_program_makes_itself(x: Tensor, weight: Tensor) -> None:
+    """With steps of their own, which stay; what they do not have is added."""
+    names = ("qweight", "lookup_table", "crow_indices", "col_indices", "values", "bias")
+    a, b = layer(SIZE), layer(SIZE)
+    lists = [[getattr(a, name)] for name in names]
+    both = [[getattr(a, name), getattr(b, name)] for name in names]
+    group = torch.ops.squeezellm_hf.lut_linear_group
+
+    def second_result(x: Tensor, weight: Tensor) -> Tensor:
+        return x + group(x, *both, 4)[1]
+
+    def some_steps(x: Tensor, weight: Tensor) -> Tensor:
+        return x + group(x, *lists, 4, weight, EPS)[0]
+
+    def residual(x: Tensor, weight: Tensor) -> Tensor:
+        return x * 3 + group(x, *lists, 4, None, 0.0, -1, None, x)[0]
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return group(rms_norm(x, weight), *lists, 4, weight, EPS)[0]
+
+    def factor(x: Tensor, weight: Tensor) -> Tensor:
+        return group(rms_norm(x, weight), *lists, 4, None, 0.0, -1, x)[0]
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return group(nn.functional.silu(b(x)) * x, *lists, 4, None, 0.0, -1, x)[0]
+
+    norm_steps = {"norm_weight", "norm_eps"}
+    for function, expected in (
+        (second_result, [set()]), (some_steps, [{*norm_steps, "residual"}]),
+        (residual, [{"residual"}]), (norm, [norm_steps]), (factor, [{"factor"}]),
+        (product, [set(), {"factor"}]),
+    ):  # fmt: skip
+        assert fused(function, x, weight)[0] == expected
