@@ -193,6 +193,29 @@ def test_blocks_in_a_graph_one_behind_the_other(bits: int, density: float) -> No
         assert all(torch.equal(y, z) for y, z in zip(outputs, expected, strict=True))
 
 
+def test_a_norm_whose_weight_the_kernel_before_made() -> None:
+    """It is not read before that kernel has ended."""
+    maker, weight = (on_gpu(make_weight(n, 512, 4, seed=n)) for n in (512, 40))
+    x = random(512, torch.bfloat16, 0)
+
+    def steps(source: Tensor) -> Tensor:
+        (norm_weight,) = call(source, [maker], 4, factor=source)
+        return call(x, [weight], 4, norm_weight=norm_weight[0], norm_eps=EPS)[0]
+
+    sources = [random(512, torch.bfloat16, seed) for seed in range(20)]
+    expected = []
+    for source in sources:
+        (norm_weight,) = call(source, [maker], 4, factor=source)
+        torch.cuda.synchronize()
+        expected += call(x, [weight], 4, norm_weight=norm_weight[0], norm_eps=EPS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [steps(source) for source in sources]
+    for _ in range(50):
+        graph.replay()
+        assert all(torch.equal(y, z) for y, z in zip(outputs, expected, strict=True))
+
+
 class Block(nn.Module):
     """A gated MLP of quantized layers, as in Llama's blocks."""
 
