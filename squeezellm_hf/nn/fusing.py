@@ -6,7 +6,7 @@ it has ended. ``lut_linear_group`` does them on the way (``squeezellm_hf/ops/sch
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +14,22 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from squeezellm_hf.nn.matching import (
+    arguments,
+    before_silu,
+    either_order,
+    is_alike,
+    is_tensor,
+    is_undisturbed,
+    rms_norm,
+)
+
 LINEAR = torch.ops.squeezellm_hf.lut_linear_no_grad.default
 GROUP = torch.ops.squeezellm_hf.lut_linear_group.default
 TRACED = "eager_input_vals"  # in a node's meta: its inputs as traced; Inductor lays them out so
 BITS = (2, 3, 4)  # that groups have kernels for
 
-_aten, _prims = torch.ops.aten, torch.ops.prims
+_aten = torch.ops.aten
 _PLACE = {argument.name: i for i, argument in enumerate(GROUP._schema.arguments)}
 _BITS = _PLACE["bits"]
 _STEPS = tuple(argument.default_value for argument in GROUP._schema.arguments[_BITS + 1 :])
@@ -49,14 +59,14 @@ def _is_candidate(node: Node, suits: Callable[[Tensor], bool]) -> bool:
     if node.kwargs or len(node.args) <= _BITS or "val" not in node.meta:
         return False
     x = node.args[0]
-    return node.args[_BITS] in BITS and _is_tensor(x) and suits(x.meta["val"])  # type: ignore[union-attr]
+    return node.args[_BITS] in BITS and is_tensor(x) and suits(x.meta["val"])  # type: ignore[union-attr]
 
 
 def _with_norm(graph: Graph, call: Node, earlier: set[Node]) -> Node:
     """The call, with the RMSNorm that makes its x and nothing else's."""
     x: Any = call.args[0]
-    found = None if len(x.users) > 1 or _makes_x(call) else _rms_norm(x)
-    if found is None or not _is_undisturbed(found[0], x, call):
+    found = None if len(x.users) > 1 or _makes_x(call) else rms_norm(x)
+    if found is None or not is_undisturbed(found[0], x, call):
         return call
     _, source, weight, eps = found
     call = _changed(graph, call, earlier, x=source, norm_weight=weight, norm_eps=eps)
@@ -71,17 +81,17 @@ def _with_product(
     x: Any = call.args[0]
     if len(x.users) > 1 or _makes_x(call):
         return call
-    for activated, other in _either_order(x, _aten.mul.Tensor):
-        y = _before_silu(activated, x)
-        if y is None or other is activated or not _is_alike(y, x) or not _is_alike(other, x):
+    for activated, other in either_order(x, _aten.mul.Tensor):
+        y = before_silu(activated, x)
+        if y is None or other is activated or not is_alike(y, x) or not is_alike(other, x):
             continue
-        maker, place = (y, 0) if y.target is LINEAR else _arguments(y, operator.getitem, 2)
+        maker, place = (y, 0) if y.target is LINEAR else arguments(y, operator.getitem, 2)
         if maker is None or not _is_candidate(maker, suits):
             continue
         # A call does silu before it adds a residual.
         if _step(maker, "silu") != -1 or _step(maker, "residual") is not None:
             continue
-        if _result(maker, place) is not y or not _is_undisturbed(x, maker, call):
+        if _result(maker, place) is not y or not is_undisturbed(x, maker, call):
             continue
         maker = _changed(graph, maker, earlier, silu=place)
         call = _changed(graph, call, earlier, x=other, factor=_result(maker, place))
@@ -97,10 +107,10 @@ def _with_residual(graph: Graph, call: Node, earlier: set[Node]) -> Node:
     if y is None or len(y.users) != 1:
         return call
     (total,) = y.users
-    for one, other in _either_order(total, _aten.add.Tensor):
+    for one, other in either_order(total, _aten.add.Tensor):
         if one is not y or other not in earlier:
             continue
-        if _is_alike(other, y) and _is_alike(total, y) and _is_undisturbed(call, call, total):
+        if is_alike(other, y) and is_alike(total, y) and is_undisturbed(call, call, total):
             call = _changed(graph, call, earlier, residual=other)
             total.replace_all_uses_with(_result(call, 0))  # type: ignore[arg-type]
             graph.erase_node(total)
@@ -136,33 +146,6 @@ def _step(call: Node, name: str) -> Any:
     return call.args[place] if place < len(call.args) else _STEPS[place - _BITS - 1]
 
 
-def _is_undisturbed(first: Node, other: Node, last: Node) -> bool:
-    """Whether ``last`` may do what ``first`` does: on its stream, and nothing written between."""
-    if len({stream_of(node) for node in (first, other, last)}) > 1:
-        return False
-    node = last
-    while node is not first:
-        node = node.prev
-        if node.op == "root" or may_write(node):
-            return False
-    return True
-
-
-def stream_of(node: Node) -> Any:
-    """The stream that a program put the node on, if any."""
-    return node.meta.get("custom", {}).get("stream")
-
-
-def may_write(node: Node) -> bool:
-    """Whether the node changes a tensor in place, as far as its schema tells."""
-    if node.op != "call_function":
-        return node.op in ("call_method", "call_module")
-    if isinstance(node.target, torch._ops.OpOverload):
-        # Events of streams order what they do not name.
-        return node.target._schema.is_mutable or node.target.namespace == "streams"
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
-
-
 def _makes_x(call: Node) -> bool:
     """Whether the call changes x already: it has one such step."""
     return _step(call, "norm_weight") is not None or _step(call, "factor") is not None
@@ -172,101 +155,8 @@ def _result(call: Node, place: int) -> Node | None:
     """The result of a weight, if one node stands for it."""
     if call.target is LINEAR:
         return call
-    found = [user for user in call.users if _arguments(user, operator.getitem, 2)[1] == place]
+    found = [user for user in call.users if arguments(user, operator.getitem, 2)[1] == place]
     return found[0] if len(found) == 1 else None
-
-
-def _rms_norm(node: Node) -> tuple[Node, Node, Node, float] | None:
-    """Of weight * (x32 * rsqrt(mean(x32^2) + eps)), as Llama's norm computes it.
-
-    x32 is x in fp32, and the product in parentheses is rounded to the dtype of x.
-
-    Returns:
-        The first node that reads x, x, weight and eps.
-    """
-    dtype = node.meta["val"].dtype
-    for weight, normalized in _either_order(node, _aten.mul.Tensor):
-        scaled = _before_cast(normalized, dtype)
-        for x32, scale in _either_order(scaled, _aten.mul.Tensor):
-            (shifted,) = _arguments(scale, _aten.rsqrt.default, 1)
-            mean, eps = _arguments(shifted, _aten.add.Tensor, 2)
-            squares, dims, kept = _arguments(mean, _aten.mean.dim, 3)
-            squared, power = _arguments(squares, _aten.pow.Tensor_Scalar, 2)
-            x = _before_cast(x32, torch.float32)
-            if (
-                squared is x32
-                and (power, dims, kept) == (2, [-1], True)
-                and isinstance(eps, float | int)
-                and _is_alike(x, node)
-                and weight.op in ("placeholder", "get_attr")  # there before x is
-                and weight.meta["val"].dtype == dtype
-                and weight.meta["val"].dim() == 1
-                and _sizes(weight) == _sizes(node)[-1:] != []
-            ):
-                return (squares if x32 is x else x32), x, weight, float(eps)
-    return None
-
-
-def _before_silu(node: Node, user: Node) -> Node | None:
-    """The y of silu(y), of which nothing but ``user`` has use, nor of what is on the way.
-
-    Inductor decomposes it into y32 / (1 + exp(-y32)), rounded to the dtype of y.
-    """
-    quotient = _before_cast(node, node.meta["val"].dtype)
-    y32, denominator = _arguments(quotient, _aten.div.Tensor, 2)
-    exponential, one = _arguments(denominator, _aten.add.Tensor, 2)
-    (negative,) = _arguments(exponential, _aten.exp.default, 1)
-    (negated,) = _arguments(negative, _aten.neg.default, 1)
-    y: Node | None = _before_cast(y32, torch.float32)
-    if one != 1 or negated is not y32 or y is None:
-        return None
-    steps = {y, y32, negative, exponential, denominator, quotient, node}
-    inside = all(set(step.users) <= steps for step in steps - {node})
-    return y if inside and set(node.users) == {user} else None
-
-
-def _before_cast(node: Any, dtype: torch.dtype) -> Any:
-    """What ``node`` is in ``dtype``: itself, where it was of that dtype before."""
-    if not _is_tensor(node) or node.meta["val"].dtype != dtype:
-        return None
-    source, to = _arguments(node, _prims.convert_element_type.default, 2)
-    return node if source is None or to != dtype else source
-
-
-def _arguments(node: Any, target: Any, count: int) -> tuple[Any, ...]:
-    """Of a call of ``target``; as many None of anything else."""
-    if not isinstance(node, Node) or node.target is not target or node.kwargs:
-        return (None,) * count
-    return node.args if len(node.args) == count else (None,) * count
-
-
-def _either_order(node: Any, target: Any) -> Iterator[tuple[Node, Node]]:
-    first, second = _arguments(node, target, 2)
-    if _is_tensor(first) and _is_tensor(second):
-        yield first, second
-        yield second, first
-
-
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
-
-
-def _is_alike(node: Any, other: Node) -> bool:
-    """Whether both are tensors of one dtype, shape and device, all sizes known."""
-    if not _is_tensor(node):
-        return False
-    one, two = node.meta["val"], other.meta["val"]
-    known = len(_sizes(node)) == one.dim() and len(_sizes(other)) == two.dim()
-    return (
-        known
-        and _sizes(node) == _sizes(other)
-        and (one.dtype, one.device) == (two.dtype, two.device)
-    )
-
-
-def _sizes(node: Node) -> list[int]:
-    """Of a tensor's sizes those that are known: to compare the others would be a guard."""
-    return [size for size in node.meta["val"].shape if isinstance(size, int)]
 
 
 def _erase(graph: Graph, node: Node) -> None:

@@ -23,8 +23,9 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from squeezellm_hf.nn import fusing
-from squeezellm_hf.nn.fusing import GROUP, LINEAR, TRACED, may_write, stream_of
+from squeezellm_hf.nn import fusing, matching
+from squeezellm_hf.nn.fusing import GROUP, LINEAR, TRACED
+from squeezellm_hf.nn.matching import may_write, stream_of
 from squeezellm_hf.ops import native
 
 MOST = 4  # weights that share a launch: kMostGrouped in csrc/cuda/weight.h
@@ -65,7 +66,7 @@ class GroupLinears(CustomGraphPass):
         """What Inductor's caches know the pass by; None: compiled graphs are not cached."""
         if self._suits is not is_one_launch:
             return None
-        return get_hash_for_files((__file__, fusing.__file__))
+        return get_hash_for_files((__file__, fusing.__file__, matching.__file__))
 
     def _groups(self, graph: Graph, position: Mapping[Node, int]) -> list[list[Node]]:
         groups: list[list[Node]] = []
