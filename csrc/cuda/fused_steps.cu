@@ -13,15 +13,10 @@ __device__ float rounded(float value, DType dtype) {
   return dtype == DType::kBFloat16 ? to_float(from_float<__nv_bfloat16>(value)) : value;
 }
 
+// Not through the read-only path: it may be out.
 __device__ float load(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return to_float(static_cast<const __half*>(data)[i]);
-    case DType::kBFloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
-    default:
-      return static_cast<const float*>(data)[i];
-  }
+  return float_of_bits(
+      dtype == DType::kFloat32 ? static_cast<const uint32_t*>(data)[i] : static_cast<const uint16_t*>(data)[i], dtype);
 }
 
 __device__ void store(void* data, DType dtype, int64_t i, float value) {

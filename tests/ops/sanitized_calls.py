@@ -6,6 +6,7 @@ import torch
 
 from squeezellm_hf import ops
 from squeezellm_hf.ops import native
+from tests.ops import groups
 from tests.ops.oracle import TORCH_DTYPES, make_weight, make_x
 
 # Read 16 bytes at a time with rows to spare in the last tile, and a size that nothing divides.
@@ -56,18 +57,15 @@ def call_group(bits: int, density: float, hostile: bool = False) -> None:
         for rows in (136, 33, 5)
     ]
     tensors = [{name: t.cuda() for name, t in weight.tensors.items()} for weight in made]
-    names = ("qweight", "lookup_table", "crow_indices", "col_indices", "values", "bias")
     for weight in tensors if hostile else ():
         for name in ("crow_indices", "col_indices"):
             limits = torch.iinfo(weight[name].dtype)
             weight[name].random_(limits.min, limits.max)
     print(f"a group, {bits} bits, {density:.0%} sparse", flush=True)
-    group = torch.ops.squeezellm_hf.lut_linear_group
     x = make_x(1, 512, "bf16").cuda()
-    lists = [[weight.get(name) for weight in tensors] for name in names]
-    group(x, *lists, bits)
-    (_, y, _) = group(x, *lists, bits, norm_weight=x[0], norm_eps=1e-5, silu=0)
-    group(x, *([last] for (_, last, _) in lists), bits, factor=x, residual=y)
+    groups.call(x, tensors, bits)
+    (_, y, _) = groups.call(x, tensors, bits, norm_weight=x[0], norm_eps=1e-5, silu=0)
+    groups.call(x, tensors[1:2], bits, factor=x, residual=y)
 
 
 def main(batches: list[int]) -> None:

@@ -1,7 +1,5 @@
 """What a group does besides, against torch's own steps: RMSNorm, the gate of an MLP, residuals."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,21 +8,14 @@ from squeezellm_hf.formats import packing
 from squeezellm_hf.nn import SqueezeLLMLinear, grouping
 from squeezellm_hf.ops import reference
 from tests.ops.cuda_calls import DTYPES, FUSED_BITS, has_warpgroups, needs_cuda, on_gpu, poison
+from tests.ops.groups import GROUP, arguments, call, refused_steps
 from tests.ops.oracle import ROUNDING, TORCH_DTYPES, make_weight, make_x
 
 pytestmark = needs_cuda
 
-GROUPED = ("qweight", "lookup_table", "crow_indices", "col_indices", "values", "bias")
-GROUP = torch.ops.squeezellm_hf.lut_linear_group
 EPS = 1e-5
 # Columns of x; as many pieces of 8 as a thread holds at once, and more; rows that fill the blocks.
 COLUMNS = [(512, 40), (1536, 40), (5120, 40), (8192, 3100), (20480, 40)]
-
-
-def call(x: Tensor, weights: list[dict[str, Tensor]], bits: int, **steps: Any) -> list[Tensor]:
-    lists = ([weight.get(name) for weight in weights] for name in GROUPED)
-    results: list[Tensor] = GROUP(x, *lists, bits, **steps)
-    return results
 
 
 def selection(rows: int, columns: int, bits: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -132,11 +123,10 @@ def test_where_they_are_launches_of_their_own() -> None:
         x = make_x(batch, columns, dtype).cuda()
         weights, bits = [on_gpu(weight) for weight in made], made[0].bits
         norm = {"norm_weight": torch.linspace(0, 2, columns, device="cuda").to(x.dtype)}
-        lists = [[weight.get(name) for weight in weights] for name in GROUPED]
         for steps in ({**norm, "norm_eps": EPS}, {"factor": x.flip(-1), "silu": 0}, {}):
             if len(weights) == 1:
                 steps["residual"] = torch.ones(batch, made[0].matrix.shape[0]).to(x)
-            expected = reference.lut_linear_group(x, *lists, bits, **steps)
+            expected = reference.lut_linear_group(*arguments(x, weights, bits), **steps)
             relative = ROUNDING[x.dtype][0]
             for y, other in zip(call(x, weights, bits, **steps), expected, strict=True):
                 scale = float(other.double().abs().max()) if other.numel() else 0.0
@@ -263,15 +253,8 @@ def test_a_compiled_block(density: float) -> None:
 def test_errors_name_the_argument() -> None:
     weights = [on_gpu(make_weight(n, 128, 3)) for n in (20, 21)]
     x = make_x(1, 128, "fp16").cuda()
-    for steps, message in (
-        ({"norm_weight": x}, r"norm_weight must have the dtype of x and the shape \[128\], got"),
-        ({"norm_weight": x[0].float()}, "norm_weight must have the dtype of x"),
-        ({"factor": x[0]}, r"factor must have the dtype of x and the shape \[1, 128\], got"),
-        ({"factor": x, "norm_weight": x[0]}, "norm_weight and factor must not both be given"),
-        ({"silu": 2}, "silu must be the place of a weight, or -1, got 2"),
-        ({"residual": x}, "residual is for one weight, got 2"),
-        ({"factor": x.cpu()}, "factor must be on the CUDA device"),
-    ):
+    elsewhere = ({"factor": x.cpu()}, "factor must be on the CUDA device")
+    for steps, message in (*refused_steps(x, len(weights)), elsewhere):
         with pytest.raises(ValueError, match=message):
             call(x, weights, 3, **steps)
     with pytest.raises(ValueError, match=r"residual must have .* the shape \[1, 20\], got"):
@@ -280,6 +263,5 @@ def test_errors_name_the_argument() -> None:
 
 def test_opcheck() -> None:
     weight = on_gpu(make_weight(128, 128, 3, density=0.05))
-    lists = ([weight.get(name)] for name in GROUPED)
     x = make_x(1, 128, "fp16").cuda()
-    torch.library.opcheck(GROUP.default, (x, *lists, 3, x[0], EPS, 0, None, x))
+    torch.library.opcheck(GROUP.default, (*arguments(x, [weight], 3), x[0], EPS, 0, None, x))

@@ -15,17 +15,11 @@ from tests.ops.cuda_calls import (
     on_gpu,
     poison,
 )
+from tests.ops.groups import GROUP, arguments
+from tests.ops.groups import call as group
 from tests.ops.oracle import make_weight, make_x
 
 pytestmark = needs_cuda
-
-GROUPED = ("qweight", "lookup_table", "crow_indices", "col_indices", "values", "bias")
-
-
-def group(x: Tensor, weights: list[dict[str, Tensor]], bits: int) -> list[Tensor]:
-    lists = ([weight.get(name) for weight in weights] for name in GROUPED)
-    results: list[Tensor] = torch.ops.squeezellm_hf.lut_linear_group(x, *lists, bits)
-    return results
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01])
@@ -151,9 +145,8 @@ def test_errors_of_a_group_name_the_weight() -> None:
 
 def test_opcheck() -> None:
     weights = [on_gpu(make_weight(n, 128, 3, density=0.05)) for n in (20, 21)]
-    lists = ([weight.get(name) for weight in weights] for name in GROUPED)
     x = make_x(1, 128, "fp16").cuda()
-    torch.library.opcheck(torch.ops.squeezellm_hf.lut_linear_group.default, (x, *lists, 3))
+    torch.library.opcheck(GROUP.default, arguments(x, weights, 3))
 
 
 @pytest.mark.skipif(

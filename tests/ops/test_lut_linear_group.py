@@ -5,13 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from squeezellm_hf import ops
+from tests.ops.groups import GROUP, arguments, refused_steps
 from tests.ops.oracle import TORCH_DTYPES, make_weight, make_x
-
-NAMES = ("qweight", "lookup_table", "crow_indices", "col_indices", "values", "bias")
-GROUP = torch.ops.squeezellm_hf.lut_linear_group
 
 
 def make_weights(bits: int, rows: Sequence[int] = (9, 17, 5), density: float = 0.1) -> list[Any]:
@@ -24,10 +21,6 @@ def make_weights(bits: int, rows: Sequence[int] = (9, 17, 5), density: float = 0
             tensors["bias"] = torch.linspace(-1, 1, out_features)
         weights.append(tensors)
     return weights
-
-
-def arguments(x: Tensor, weights: Sequence[dict[str, Tensor]], bits: int) -> tuple[Any, ...]:
-    return (x, *([weight.get(name) for weight in weights] for name in NAMES), bits)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -104,15 +97,7 @@ def test_steps_before_and_behind(dtype: str) -> None:
 
 def test_errors_name_the_step() -> None:
     x, weights = make_x(2, 40, "fp32"), make_weights(4)
-    for steps, message in (
-        ({"norm_weight": x}, r"norm_weight must have the dtype of x and the shape \[40\], got"),
-        ({"norm_weight": x[0].half()}, "norm_weight must have the dtype of x"),
-        ({"factor": x[0]}, r"factor must have the dtype of x and the shape \[2, 40\], got"),
-        ({"factor": x, "norm_weight": x[0]}, "norm_weight and factor must not both be given"),
-        ({"silu": 3}, "silu must be the place of a weight, or -1, got 3"),
-        ({"silu": -2}, "silu must be the place of a weight, or -1, got -2"),
-        ({"residual": x}, "residual is for one weight, got 3"),
-    ):
+    for steps, message in refused_steps(x, len(weights)):
         with pytest.raises(ValueError, match=message):
             GROUP(*arguments(x, weights, 4), **steps)
     with pytest.raises(ValueError, match=r"residual must have .* the shape \[2, 9\], got"):

@@ -49,6 +49,11 @@ def fused(function: Function, *args: Tensor) -> tuple[list[set[str]], GraphModul
     return calls, module
 
 
+def assert_left(function: Function, *args: Tensor) -> None:
+    """No call has a step."""
+    assert not any(fused(function, *args)[0])
+
+
 def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else results
 
@@ -170,8 +175,7 @@ def test_products_that_are_left(x: Tensor) -> None:
     for function in (
         gate_is_used, activated_is_used, product_is_used, gate_of_no_layer, other_activation,
     ):  # fmt: skip
-        calls, _ = fused(function, x)
-        assert not any(calls)
+        assert_left(function, x)
 
 
 def test_a_group_has_one_weight_with_silu(x: Tensor) -> None:
@@ -216,8 +220,7 @@ def test_sums_that_are_left(x: Tensor) -> None:
         lambda x: a(x) + x.double(),
         lambda x: torch.stack([a(x) + b(x)])[0],
     ):  # fmt: skip
-        calls, _ = fused(function, x)
-        assert not any(calls)
+        assert_left(function, x)
 
 
 def test_other_widths_are_left(x: Tensor, weight: Tensor) -> None:
@@ -270,8 +273,7 @@ def test_nothing_moves_across_what_is_written_in_place(x: Tensor, weight: Tensor
         return other + y
 
     for function in (norm, product, residual):
-        calls, _ = fused(function, x, weight)
-        assert not any(calls)
+        assert_left(function, x, weight)
 
 
 def test_what_runs_on_other_streams_is_left(x: Tensor, weight: Tensor) -> None:
@@ -321,7 +323,7 @@ def test_products_with_a_part_of_the_activation_are_left(x: Tensor) -> None:
         return down(activated * activated)
 
     for function in (with_itself, in_a_group, with_a_step, twice):
-        assert not any(fused(function, x)[0])
+        assert_left(function, x)
 
 
 def test_sizes_that_are_not_known_are_not_compared(x: Tensor, weight: Tensor) -> None:
