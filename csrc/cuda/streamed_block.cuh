@@ -19,7 +19,7 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, 
   int early = kEarlyStages;
   for (int count = 0; count < work.tiles; ++count) {
     const Tile tile = weights.tile(work.tile(count));
-    for (int stage = 0; stage < plan.stages; ++stage) {
+    for (int stage = work.first_stage(count); stage < work.end_stage(count); ++stage) {
       // x must not queue behind a whole ring.
       if (early-- == 0) wait(shared.x_read, 0);
       wait(shared.empty[slot.index], slot.parity ^ 1);
@@ -60,6 +60,7 @@ __device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps, kPlanes>& s
   if (share == 2) {
     initialize_barrier(shared.x_read, kWarps * kArrivingLanes);
     initialize_barrier(shared.x_full, kWarps * kArrivingLanes);
+    initialize_barrier(shared.other_half_full, kWarpLanes);
   }
   fence_barriers();
 }
@@ -71,7 +72,7 @@ __device__ void run_block(unsigned char* memory, Weights weights, const Plan& pl
   unsigned char* x = memory + sizeof(shared);
   unsigned char* ring = memory + ring_offset(sizeof(shared) + x_bytes<kBatch, kPlanes>(plan.x_stride));
   const LinearCall& call = weights.call;
-  const Work work(weights.tiles());
+  const Work work(weights.tiles(), plan);
   const int lane = threadIdx.x % kWarpLanes;
   // The shuffle tells the compiler that a warp's lanes agree on it.
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarpLanes, 0);
@@ -81,6 +82,7 @@ __device__ void run_block(unsigned char* memory, Weights weights, const Plan& pl
   if (!kPlanes && warp >= kWarps && warp < kWarps + D::kFillWarps) tables.load(work.tile(0));
   if (warp == D::kCopyWarp) weights.prefetch_maps(lane);
   initialize_barriers(shared, call, plan, warp, D::kCopyWarp + 1);
+  if (plan.pairs) arrive_in_cluster();
   __syncthreads();
   // The next kernel may start where this one's blocks have ended; until the previous one is complete,
   // only weights are read.

@@ -88,7 +88,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
 
   Slot slot{warp / kStageWarps};
   int stage = slot.index;
-  int left = (work.tiles * plan.stages - stage + kStageStride - 1) / kStageStride;  // stages, of all tiles
+  int left = (work.all_stages() - stage + kStageStride - 1) / kStageStride;  // stages, of all tiles
   const auto read_words = [&] {
     wait(shared.full[slot.index], slot.parity);
     const unsigned char* source = ring + slot.index * U::kSlotBytes;
@@ -111,7 +111,8 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
     wait(shared.tables_full[table], count / kTableBuffers & 1);
     constexpr int kSums = 2;  // in turn, so that a product need not wait for the one before it
     float products[kSums][4] = {};
-    for (; stage < plan.stages; stage += kStageStride) {
+    const int end_stage = work.end_stage(count);
+    for (stage += work.first_stage(count); stage < end_stage; stage += kStageStride) {
       const auto load_activations = [&](int i) {
         if (slice == i % kSlices)
           activations[i % kHeld] = *reinterpret_cast<const uint4*>(lane_x[i / kSlices] + stage * U::kStageWeights * 2);
@@ -143,7 +144,7 @@ __device__ void multiply_dense(Shared<T, kBits, kBatch, kWarps>& shared, const u
         if (i + kHeld < U::kGroups) load_activations(i + kHeld);
       }
     }
-    stage -= plan.stages;
+    stage -= end_stage;
     __syncwarp();
     if (lane < kArrivingLanes) arrive(shared.tables_empty[table]);
 

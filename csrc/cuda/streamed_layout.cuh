@@ -64,6 +64,7 @@ struct Plan {
   int stages;    // of a tile
   int ring;      // stages in shared memory: a multiple of kStageStride, so that a slot keeps its warps
   int x_stride;  // bytes between columns of x in shared memory
+  bool pairs;    // blocks share tiles in twos (Work)
 };
 
 // Of x in shared memory; streamed_planes.cuh keeps 4 bytes of a column more.
@@ -104,20 +105,47 @@ struct alignas(16) Shared : Tables<kBits, kBatch, kWarps, kPlanes> {
   uint64_t sums_empty[kSumBuffers];
   uint64_t x_read;  // what is read of x has come
   uint64_t x_full;
+  float other_half[kBatch][kRows];  // sums of the pair's other block
+  uint64_t other_half_full;
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// A block's tiles: the first, and every step-th from there on.
+// A block's tiles: every step-th. Tiles that are one too many for the blocks to have as many each would leave most of
+// them idle for as long as one takes. So two blocks, a cluster, go through tiles together: of an odd number they begin
+// with one of which each has half of the columns, and what the second one sums up goes to the first one.
 struct Work {
-  int first;
-  int step;
   int tiles;
+  bool halved;  // the first tile
+  bool second;  // of a pair
 
-  __device__ explicit Work(int all_tiles) : first(blockIdx.x), step(gridDim.x) {
-    tiles = (all_tiles - first + step - 1) / step;
+  __device__ Work(int all_tiles, const Plan& plan) : stages_(plan.stages) {
+    const int sharing = plan.pairs ? 2 : 1;
+    const int team = blockIdx.x / sharing;
+    const int teams = gridDim.x / sharing;
+    const int rank = blockIdx.x % sharing;
+    const int together = (all_tiles - team + teams - 1) / teams;
+    second = rank == 1;
+    halved = together % sharing == 1;
+    least_ = team;
+    first_ = team + (rank - halved) * teams;
+    step_ = sharing * teams;
+    tiles = (together + sharing - 1) / sharing;
   }
-  __device__ int tile(int count) const { return first + count * step; }
+  // A count beyond the last one's leads beyond all tiles.
+  __device__ int tile(int count) const { return max(first_ + count * step_, least_); }
+  // Of a tile, those that are the block's.
+  __device__ int first_stage(int count) const { return halved && second && count == 0 ? half() : 0; }
+  __device__ int end_stage(int count) const { return halved && !second && count == 0 ? half() : stages_; }
+  __device__ int all_stages() const { return tiles * stages_ - (halved ? second ? half() : stages_ - half() : 0); }
+
+ private:
+  __device__ int half() const { return (stages_ + 1) / 2; }
+
+  int least_;
+  int first_;
+  int step_;
+  int stages_;
 };
 
 // Barriers of the looking-up warps; 0 is __syncthreads().

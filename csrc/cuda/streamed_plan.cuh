@@ -1,6 +1,7 @@
 // What the host decides for linear_streamed: how many blocks there are, and how each divides its shared memory.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "streamed_layout.cuh"
@@ -50,24 +51,33 @@ inline cudaError_t map_weight(const LutWeight& weight, CUtensorMap& map) {
                          map);
 }
 
+// Whether an odd number of tiles, for each two blocks, is the most that any have (Work).
+inline bool shares_tiles(int tiles, int blocks) {
+  const int pairs = blocks / 2;
+  return blocks % 2 == 0 && (tiles + pairs - 1) / pairs % 2 == 1;
+}
+
 // Launches kernel(plan, call, weights), which goes through `tiles` tiles, to overlap the previous one's end.
 template <int kWarps, class Weights>
-cudaError_t launch_blocks(void (*kernel)(Plan, LinearCall, Weights), const Plan& plan, const LinearCall& call,
+cudaError_t launch_blocks(void (*kernel)(Plan, LinearCall, Weights), Plan plan, const LinearCall& call,
                           const Weights& weights, int tiles) {
   const int bytes = block_memory<kWarps>(call);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int blocks = call.multiprocessors * Duties<kWarps>::kBlocks;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  plan.pairs = shares_tiles(tiles, blocks);
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = tiles < blocks ? tiles : blocks;
+  config.gridDim = plan.pairs ? 2 * std::min(tiles, blocks / 2) : std::min(tiles, blocks);
   config.blockDim = Duties<kWarps>::kThreads;
   config.dynamicSmemBytes = bytes;
   config.stream = call.stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = plan.pairs ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, plan, call, weights);
 }
 

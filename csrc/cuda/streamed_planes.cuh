@@ -221,7 +221,8 @@ __device__ void multiply_planes(Shared<T, 2, 1, kWarps, true>& shared, const uns
     const int table = count % kTableBuffers;
     const int buffer = count % kSumBuffers;
     int counts[3][3][4] = {};  // of p, q, both; at even and odd upper bits and at the lower ones
-    for (; stage < plan.stages; stage += kStageStride) {
+    const int end_stage = work.end_stage(count);
+    for (stage += work.first_stage(count); stage < end_stage; stage += kStageStride) {
       constexpr int kStageOffset = kStageWarps * 2 * 32 * 16;
       uint32_t upper[U::kLaneWords];
       uint32_t lower[U::kLaneWords];
@@ -259,7 +260,7 @@ __device__ void multiply_planes(Shared<T, 2, 1, kWarps, true>& shared, const uns
         }
       }
     }
-    stage -= plan.stages;
+    stage -= end_stage;
 
     // A warp's sums over the bits.
     wait(shared.tables_full[table], count / kTableBuffers & 1);
@@ -273,7 +274,7 @@ __device__ void multiply_planes(Shared<T, 2, 1, kWarps, true>& shared, const uns
         return static_cast<float>(upper) * upper_unit + static_cast<float>(lower) * lower_unit;
       };
       rows[h] = k.y * sum(counts[0]) + k.z * sum(counts[1]) + k.w * sum(counts[2]);
-      if (lane % 4 == 0) rows[h] += k.x * fixed.sum;
+      if (lane % 4 == 0 && work.first_stage(count) == 0) rows[h] += k.x * fixed.sum;
     }
     __syncwarp();
     if (lane < kArrivingLanes) arrive(shared.tables_empty[table]);

@@ -13,6 +13,18 @@ __device__ __forceinline__ T silu(T value) {
   return from_float<T>(__fdividef(x, 1 + __expf(-x)));
 }
 
+// What this block has of a tile goes to the first one of the pair.
+template <class T, int kBits, int kBatch, int kWarps, bool kPlanes, int kTurns>
+__device__ void send_half(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, const float (&total)[kTurns], int lane) {
+  wait_in_cluster();
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int n = (i * kWarpLanes + lane) / kRows;
+    if (n < kBatch) store_in_block(address_in_block(shared_address(&shared.other_half[n][lane % kRows]), 0), total[i]);
+  }
+  arrive_in_block(address_in_block(shared_address(&shared.other_half_full), 0));
+}
+
 // Adds a tile's sums and writes y: by one warp.
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes, class Weights>
 __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, Weights weights, const Work& work,
@@ -37,10 +49,18 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, W
     const int n = (i * kWarpLanes + lane) / kRows % kBatch;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total[i] += shared.sums[buffer][w][n][lane % kRows];
-    if (weight.crow_indices != nullptr) total[i] += shared.sums[buffer][kWarps][n][lane % kRows];
+    if (weight.crow_indices != nullptr && work.first_stage(count) == 0)
+      total[i] += shared.sums[buffer][kWarps][n][lane % kRows];
   }
   __syncwarp();
   if (lane < kArrivingLanes) arrive(shared.sums_empty[buffer]);
+  if (work.halved && count == 0) {
+    if (work.second) return send_half(shared, total, lane);
+    wait_for_cluster(shared.other_half_full, 0);
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i)
+      total[i] += shared.other_half[(i * kWarpLanes + lane) / kRows % kBatch][lane % kRows];
+  }
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
     const int n = (i * kWarpLanes + lane) / kRows;
@@ -73,7 +93,7 @@ __device__ void sum_up(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, Weight
     if (!has_sparse || count >= work.tiles) return;
     const int buffer = count % kSumBuffers;
     wait(shared.sums_empty[buffer], (count / kSumBuffers & 1) ^ 1);
-    sparse.multiply(shared.sums[buffer][kWarps]);
+    if (work.first_stage(count) == 0) sparse.multiply(shared.sums[buffer][kWarps]);
     __syncwarp();
     if (lane < kArrivingLanes) arrive(shared.sums_full[buffer]);
     sparse.load_first();

@@ -110,11 +110,34 @@ __device__ __forceinline__ void synchronize_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Its two halves: the second one waits until all have come by the first one, for what they did before.
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void wait_in_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
 // Shared memory of another block of the cluster, at the address that it has in this one.
 __device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank) {
   uint32_t remote;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
+}
+
+__device__ __forceinline__ void store_in_block(uint32_t address, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// Arrives at another block's barrier, for what this thread stored there.
+__device__ __forceinline__ void arrive_in_block(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// wait() for what other blocks stored.
+__device__ __forceinline__ void wait_for_cluster(uint64_t& barrier, uint32_t parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"(shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
 }
 
 __device__ __forceinline__ float4 load_from_block(uint32_t address) {
