@@ -38,8 +38,8 @@ __device__ void order_copies(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, 
 
 // A warp's share of them, by one thread: an address that lanes do not share is worked off lane by lane.
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes>
-__device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, const LinearCall& call,
-                                    const Plan& plan, int share, int shares) {
+__device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, const Plan& plan, int share,
+                                    int shares) {
   using D = Duties<kWarps>;
   if (!elect_lane()) return;
   for (int i = share; i < plan.ring; i += shares) {
@@ -53,8 +53,7 @@ __device__ void initialize_barriers(Shared<T, kBits, kBatch, kWarps, kPlanes>& s
     }
   if (share == 1)
     for (int i = 0; i < kSumBuffers; ++i) {
-      const int sum_warps = kWarps + (call.weight.crow_indices != nullptr ? D::kSumWarps : 0);
-      initialize_barrier(shared.sums_full[i], sum_warps * kArrivingLanes);
+      initialize_barrier(shared.sums_full[i], kWarps * kArrivingLanes);
       initialize_barrier(shared.sums_empty[i], kArrivingLanes);
     }
   if (share == 2) {
@@ -81,7 +80,7 @@ __device__ void run_block(unsigned char* memory, Weights weights, const Plan& pl
   TablePart<T, kBits, D::kFillWarps, Weights> tables(weights, warp - kWarps, lane);
   if (!kPlanes && warp >= kWarps && warp < kWarps + D::kFillWarps) tables.load(work.tile(0));
   if (warp == D::kCopyWarp) weights.prefetch_maps(lane);
-  initialize_barriers(shared, call, plan, warp, D::kCopyWarp + 1);
+  initialize_barriers(shared, plan, warp, D::kCopyWarp + 1);
   if (plan.pairs) arrive_in_cluster();
   __syncthreads();
   // The next kernel may start where this one's blocks have ended; until the previous one is complete,

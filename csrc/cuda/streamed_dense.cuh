@@ -15,7 +15,7 @@ __device__ void load_x(unsigned char* x, Shared<T, kBits, kBatch, kWarps>& share
   const int pieces = call.weight.in_features / 8;
   const int padded_pieces = plan.stages * Unit<kBits>::kStageWeights / 8;
   if constexpr (Weights::kFuses) {
-    Input<T, kWarps> input(x, shared.sums[0], call, weights.group.fusion, padded_pieces);
+    Input<T, kWarps> input(x, shared.squares, call, weights.group.fusion, padded_pieces);
     input.load([&] { arrive_for_warp(shared.x_read); });
   } else {
     wait_for_previous_kernel();

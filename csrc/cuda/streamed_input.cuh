@@ -43,15 +43,27 @@ __device__ __forceinline__ uint4 product(const uint4& one, const uint4& other) {
   return result;
 }
 
+// Whether a norm's scale, one number for all of x, is applied to the sums: of 16-bit types, to the one with the range
+// of fp32, whose products with the norm's weight are all within it.
+template <class T>
+constexpr bool kScalesSums = std::is_same_v<T, __nv_bfloat16>;
+
+template <int kWarps>
+__device__ __forceinline__ float norm_scale(const float* squares, const LinearCall& call, const Fusion& fusion) {
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += squares[w];
+  return rsqrtf(total / static_cast<float>(call.weight.in_features) + fusion.norm_epsilon);
+}
+
 // By the looking-up warps: each thread its own pieces of 8 activations, zeros beyond x.
 template <class T, int kWarps>
 class Input {
  public:
-  // `parts`: room for a number of each warp.
-  __device__ Input(unsigned char* x, float (*parts)[1][kRows], const LinearCall& call, const Fusion& fusion,
-                   int padded_pieces)
+  // `squares`: of x, a sum of each warp.
+  __device__ Input(unsigned char* x, float* squares, const LinearCall& call, const Fusion& fusion, int padded_pieces)
       : x_(x),
-        parts_(parts),
+        squares_(squares),
         call_(call),
         fusion_(fusion),
         pieces_(call.weight.in_features / 8),
@@ -62,7 +74,10 @@ class Input {
   __device__ void load(const AllRead& all_read) {
     const auto* source = static_cast<const uint4*>(call_.x);
     const auto* factor = static_cast<const uint4*>(fusion_.factor);
-    if (fusion_.norm_weight != nullptr) return load_normalized(source, all_read);
+    if (fusion_.norm_weight != nullptr) {
+      if constexpr (kScalesSums<T>) return load_weighted(source, all_read);
+      return load_normalized(source, all_read);
+    }
     wait_for_previous_kernel();
     if (factor == nullptr) {
       each([&](int i) { return load_uncached(source + i); }, [](const uint4& v) { return v; });
@@ -125,26 +140,47 @@ class Input {
     }
   }
 
+  // On its way while the previous kernel ends, which may have made it.
+  __device__ const uint4* prefetched_weight() const {
+    const auto* weight = static_cast<const uint4*>(fusion_.norm_weight);
+    for (int i = threadIdx.x; i < pieces_; i += kThreads) prefetch_l2(weight + i);
+    return weight;
+  }
+
+  __device__ void store_squares(float sum) const {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    if (threadIdx.x % kWarpLanes == 0) squares_[threadIdx.x / kWarpLanes] = sum;
+  }
+
+  // No thread waits for the others' squares.
+  template <class AllRead>
+  __device__ void load_weighted(const uint4* source, const AllRead& all_read) {
+    const uint4* weight = prefetched_weight();
+    wait_for_previous_kernel();
+    float squares = 0;
+    each([&](int i) { return Pair{load_uncached(source + i), load_uncached(weight + i)}; },
+         [&](const Pair& pair) {
+           squares += sum_of_squares<T>(pair.value);
+           return product<T>(pair.value, pair.factor);
+         });
+    all_read();
+    store_squares(squares);
+  }
+
   template <class AllRead>
   __device__ void load_normalized(const uint4* source, const AllRead& all_read) {
-    const auto* weight = static_cast<const uint4*>(fusion_.norm_weight);
+    const uint4* weight = prefetched_weight();
     const auto read_weight = [&](int i) { return load_uncached(weight + i); };
-    // On its way while the previous kernel ends, which may have made it.
-    for (int i = threadIdx.x; i < pieces_; i += kThreads) prefetch_l2(weight + i);
     wait_for_previous_kernel();
     auto weights = read_ahead(threadIdx.x, read_weight);
     float squares = 0;
     each([&](int i) { return load_uncached(source + i); },
          [&](const uint4& v) { return squares += sum_of_squares<T>(v), v; });
     all_read();
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) squares += __shfl_xor_sync(0xffffffff, squares, distance);
-    if (threadIdx.x % kWarpLanes == 0) parts_[threadIdx.x / kWarpLanes][0][0] = squares;
+    store_squares(squares);
     synchronize(kInputBarrier, kThreads);
-    float total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += parts_[w][0][0];
-    const float scale = rsqrtf(total / static_cast<float>(call_.weight.in_features) + fusion_.norm_epsilon);
+    const float scale = norm_scale<kWarps>(squares_, call_, fusion_);
     for (int first = threadIdx.x; first < pieces_; first += kAhead * kThreads) {
       if (first != threadIdx.x) weights = read_ahead(first, read_weight);
 #pragma unroll 1
@@ -154,7 +190,7 @@ class Input {
   }
 
   unsigned char* const x_;
-  float (*const parts_)[1][kRows];
+  float* const squares_;
   const LinearCall& call_;
   const Fusion& fusion_;
   const int pieces_;

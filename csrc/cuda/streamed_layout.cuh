@@ -64,7 +64,7 @@ struct Plan {
   int stages;    // of a tile
   int ring;      // stages in shared memory: a multiple of kStageStride, so that a slot keeps its warps
   int x_stride;  // bytes between columns of x in shared memory
-  bool pairs;    // blocks share tiles in twos (Work)
+  bool pairs;    // two blocks share tiles (Work)
 };
 
 // Of x in shared memory; streamed_planes.cuh keeps 4 bytes of a column more.
@@ -105,7 +105,8 @@ struct alignas(16) Shared : Tables<kBits, kBatch, kWarps, kPlanes> {
   uint64_t sums_empty[kSumBuffers];
   uint64_t x_read;  // what is read of x has come
   uint64_t x_full;
-  float other_half[kBatch][kRows];  // sums of the pair's other block
+  float squares[kWarps];            // of what each warp loaded of x, for a norm
+  float other_half[kBatch][kRows];  // sums of the cluster's second block
   uint64_t other_half_full;
 };
 
@@ -117,24 +118,24 @@ struct alignas(16) Shared : Tables<kBits, kBatch, kWarps, kPlanes> {
 struct Work {
   int tiles;
   bool halved;  // the first tile
-  bool second;  // of a pair
+  bool second;  // of its cluster
 
   __device__ Work(int all_tiles, const Plan& plan) : stages_(plan.stages) {
     const int sharing = plan.pairs ? 2 : 1;
-    const int team = blockIdx.x / sharing;
-    const int teams = gridDim.x / sharing;
+    const int cluster = blockIdx.x / sharing;
+    const int clusters = gridDim.x / sharing;
     const int rank = blockIdx.x % sharing;
-    const int together = (all_tiles - team + teams - 1) / teams;
+    const int together = (all_tiles - cluster + clusters - 1) / clusters;
     second = rank == 1;
     halved = together % sharing == 1;
-    least_ = team;
-    first_ = team + (rank - halved) * teams;
-    step_ = sharing * teams;
+    least_ = cluster;
+    first_ = cluster + (rank - halved) * clusters;
+    step_ = sharing * clusters;
     tiles = (together + sharing - 1) / sharing;
   }
-  // A count beyond the last one's leads beyond all tiles.
+  // Beyond the last of these counts, one beyond all tiles.
   __device__ int tile(int count) const { return max(first_ + count * step_, least_); }
-  // Of a tile, those that are the block's.
+  // Of a tile's stages, those that are the block's.
   __device__ int first_stage(int count) const { return halved && second && count == 0 ? half() : 0; }
   __device__ int end_stage(int count) const { return halved && !second && count == 0 ? half() : stages_; }
   __device__ int all_stages() const { return tiles * stages_ - (halved ? second ? half() : stages_ - half() : 0); }

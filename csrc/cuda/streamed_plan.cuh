@@ -15,12 +15,15 @@ int block_memory(const LinearCall& call) {
   return (call.shared_memory + kReserved) / Duties<kWarps>::kBlocks - kReserved;
 }
 
+// Of a row with few ends of tiles to cover, of which half takes longer than a cluster's start.
+constexpr int kLongRow = 8192;
+
 // Whether two blocks a multiprocessor are faster than one. While one of them ends a tile, or waits for a sparse
 // part, the other goes on; but a tile takes each of them twice as long, and the last tiles may leave many idle.
 inline bool prefers_narrow(const LinearCall& call, int tiles) {
-  constexpr int kLongRow = 8192;  // with few ends of tiles to cover
   const auto rounds = [&](int blocks) { return (tiles + blocks - 1) / blocks; };
-  const int percent = call.weight.crow_indices != nullptr ? 125 : 110;  // of the other's time; measured
+  // Of the other's time; measured.
+  const int percent = call.weight.crow_indices == nullptr ? 110 : call.weight.bits == 2 ? 125 : 100;
   return call.weight.in_features <= kLongRow &&
          2 * rounds(2 * call.multiprocessors) * 100 <= rounds(call.multiprocessors) * percent;
 }
@@ -52,9 +55,9 @@ inline cudaError_t map_weight(const LutWeight& weight, CUtensorMap& map) {
 }
 
 // Whether an odd number of tiles, for each two blocks, is the most that any have (Work).
-inline bool shares_tiles(int tiles, int blocks) {
+inline bool shares_tiles(const LinearCall& call, int tiles, int blocks) {
   const int pairs = blocks / 2;
-  return blocks % 2 == 0 && (tiles + pairs - 1) / pairs % 2 == 1;
+  return call.weight.in_features > kLongRow && blocks % 2 == 0 && (tiles + pairs - 1) / pairs % 2 == 1;
 }
 
 // Launches kernel(plan, call, weights), which goes through `tiles` tiles, to overlap the previous one's end.
@@ -65,7 +68,7 @@ cudaError_t launch_blocks(void (*kernel)(Plan, LinearCall, Weights), Plan plan, 
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int blocks = call.multiprocessors * Duties<kWarps>::kBlocks;
-  plan.pairs = shares_tiles(tiles, blocks);
+  plan.pairs = shares_tiles(call, tiles, blocks);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

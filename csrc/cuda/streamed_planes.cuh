@@ -129,7 +129,7 @@ __device__ FixedPoint load_planes(unsigned char* x, unsigned char* planes, Share
     for (int j = 0; j < 4; ++j) largest = __vmaxu2(largest, pairs[j] & 0x7fff7fff);
   };
   if constexpr (Weights::kFuses) {
-    Input<T, kWarps> input(x, shared.sums[0], call, weights.group.fusion, words * 2);
+    Input<T, kWarps> input(x, shared.squares, call, weights.group.fusion, words * 2);
     input.load([&] { arrive_for_warp(shared.x_read); });
     input.visit(compare);
   } else {

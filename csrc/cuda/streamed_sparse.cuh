@@ -7,18 +7,16 @@ namespace squeezellm_hf::cuda::streamed {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// A warp's rows of the sparse part of a tile, a few lanes for each. The ends of the rows are loaded two tiles
-// ahead, their first entries one: nothing is done with what is loaded, lest one load wait for another.
-template <class T, int kBatch, int kSumWarps, class Weights>
+// The sparse part of a warp's tiles, two lanes for a row. The ends of the rows are loaded two of its tiles ahead, their
+// first entries one: nothing is done with what is loaded, lest one load wait for another.
+template <class T, int kBatch, class Weights>
 struct SparsePart {
-  static constexpr int kWarpRows = kRows / kSumWarps;
-  static constexpr int kRowLanes = kWarpLanes / kWarpRows;
-  static constexpr int kAhead = kRowLanes == 4 ? 12 : 20;  // entries of a lane in flight
-  static constexpr int kLongRow = 256;                     // entries from which a row may be left to the whole warp
+  static constexpr int kRowLanes = kWarpLanes / kRows;
+  static constexpr int kAhead = kBatch == 1 ? 20 : 12;  // entries of a lane in flight
+  static constexpr int kLongRow = 256;                  // entries from which a row may be left to the whole warp
   const Weights weights;
   const unsigned char* x;  // in shared memory
   int x_stride;
-  int warp;
   int lane;
   int2 row = {0, 0};  // of the lane, empty where it is left to the warp
   int2 next_row = {0, 0};
@@ -28,7 +26,7 @@ struct SparsePart {
   int weight = 0;  // of the row
   int next_weight = 0;
 
-  __device__ int own_row() const { return warp * kWarpRows + lane / kRowLanes; }
+  __device__ int own_row() const { return lane / kRowLanes; }
 
   __device__ void load_row(int number) {
     const Tile tile = weights.tile(number);
@@ -92,7 +90,7 @@ struct SparsePart {
     }
   }
 
-  // The sums of the warp's rows.
+  // The sums of the tile's rows.
   __device__ void multiply(float (&sums)[kBatch][kRows]) {
     float total[kBatch] = {};
     for (int ahead = 0;;) {

@@ -1,6 +1,7 @@
 // The end of a tile in linear_streamed: its sparse part, the warps' sums, y.
 #pragma once
 
+#include "streamed_input.cuh"
 #include "streamed_sparse.cuh"
 
 namespace squeezellm_hf::cuda::streamed {
@@ -13,7 +14,7 @@ __device__ __forceinline__ T silu(T value) {
   return from_float<T>(__fdividef(x, 1 + __expf(-x)));
 }
 
-// What this block has of a tile goes to the first one of the pair.
+// What the second block has of a tile goes to the first one.
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes, int kTurns>
 __device__ void send_half(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, const float (&total)[kTurns], int lane) {
   wait_in_cluster();
@@ -28,7 +29,7 @@ __device__ void send_half(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, con
 // Adds a tile's sums and writes y: by one warp.
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes, class Weights>
 __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, Weights weights, const Work& work,
-                            int count, int lane) {
+                            int count, float scale, int lane) {
   constexpr int kTurns = (kBatch * kRows + kWarpLanes - 1) / kWarpLanes;
   const LinearCall& call = weights.call;
   const Tile tile = weights.tile(work.tile(count));
@@ -65,6 +66,7 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, W
   for (int i = 0; i < kTurns; ++i) {
     const int n = (i * kWarpLanes + lane) / kRows;
     if (!inside || n >= call.batch) continue;
+    if constexpr (Weights::kFuses) total[i] *= scale;
     if (biases != nullptr) total[i] += float_of_bits(bias, call.bias_dtype);
     T result = from_float<T>(total[i]);
     if (weights.has_silu(tile.weight)) result = silu(result);
@@ -74,36 +76,34 @@ __device__ void finish_tile(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, W
   }
 }
 
-// The duties of a summing warp, for all tiles of the block: the sparse part a tile ahead of the sums.
+// The duties of a summing warp: every kSumWarps-th tile, whose sparse part it multiplies before it waits for the sums.
+// Each has the time of kSumWarps tiles for the latencies on the way.
 template <class T, int kBits, int kBatch, int kWarps, bool kPlanes, class Weights>
 __device__ void sum_up(Shared<T, kBits, kBatch, kWarps, kPlanes>& shared, Weights weights, const unsigned char* x,
                        const Plan& plan, const Work& work, int warp, int lane) {
   constexpr int kSumWarps = Duties<kWarps>::kSumWarps;
+  static_assert(kSumBuffers % kSumWarps == 0);  // a buffer has the same warp always
   const bool has_sparse = weights.call.weight.crow_indices != nullptr;
-  SparsePart<T, kBatch, kSumWarps, Weights> sparse{weights, x, plan.x_stride, warp, lane};
+  SparsePart<T, kBatch, Weights> sparse{weights, x, plan.x_stride, lane};
   if (has_sparse) {
-    sparse.load_row(work.tile(0));
+    sparse.load_row(work.tile(warp));
     sparse.load_first();
-    sparse.load_row(work.tile(1));
+    sparse.load_row(work.tile(warp + kSumWarps));
   }
   wait(shared.x_full, 0);
   wait_for_previous_kernel();  // whose memory y may be
-
-  const auto multiply_sparse = [&](int count) {
-    if (!has_sparse || count >= work.tiles) return;
-    const int buffer = count % kSumBuffers;
-    wait(shared.sums_empty[buffer], (count / kSumBuffers & 1) ^ 1);
-    if (work.first_stage(count) == 0) sparse.multiply(shared.sums[buffer][kWarps]);
-    __syncwarp();
-    if (lane < kArrivingLanes) arrive(shared.sums_full[buffer]);
-    sparse.load_first();
-    sparse.load_row(work.tile(count + 2));
-  };
-  multiply_sparse(0);
-  for (int count = 0; count < work.tiles; ++count) {
-    multiply_sparse(count + 1);
-    // Always the same warp for a buffer, in order: no parity is taken for that of another phase.
-    if (count % kSumWarps == warp) finish_tile(shared, weights, work, count, lane);
+  float scale = 1;
+  if constexpr (Weights::kFuses && kScalesSums<T>)
+    if (weights.group.fusion.norm_weight != nullptr)
+      scale = norm_scale<kWarps>(shared.squares, weights.call, weights.group.fusion);
+  for (int count = warp; count < work.tiles; count += kSumWarps) {
+    if (has_sparse) {
+      if (work.first_stage(count) == 0) sparse.multiply(shared.sums[count % kSumBuffers][kWarps]);
+      __syncwarp();
+      sparse.load_first();
+      sparse.load_row(work.tile(count + 2 * kSumWarps));
+    }
+    finish_tile(shared, weights, work, count, scale, lane);
   }
 }
 

@@ -110,8 +110,8 @@ __device__ __forceinline__ void synchronize_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Its two halves: the second one waits until all have come by the first one, for what they did before.
-__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// Its two halves, for what fence_barriers() is of: the second one waits until all have come by the first one.
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void wait_in_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Shared memory of another block of the cluster, at the address that it has in this one.

@@ -50,7 +50,8 @@ struct LinearCall {
 };
 
 // What a group's launch does besides, for one row of activations; pointers are null where it does not. Each step is
-// rounded to the dtype of x, like those of a model's own layers.
+// rounded to the dtype of x, like those of a model's own layers; but from compute capability 9.0 on, with bf16,
+// x * norm_weight is, and the result is multiplied by the norm's scale before it is rounded.
 struct Fusion {
   const void* norm_weight = nullptr;  // [in_features]: x is norm_weight * x / sqrt(mean(x^2) + norm_epsilon)
   float norm_epsilon = 0;

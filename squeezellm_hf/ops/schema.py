@@ -6,7 +6,8 @@ Python is asked at every call, for 3.4 us, whether or not anything requires a gr
 
 ``lut_linear_group`` is several calls of ``lut_linear_no_grad`` with the same x, one weight each. Of
 its lists each has an entry a weight, None where that has none. What stands beside them in a
-transformer's block may be part of the call, each step rounded to the dtype of x:
+transformer's block may be part of the call, each step rounded to the dtype of x (a norm's scale may
+be applied last, without a rounding of its own):
 
 - ``norm_weight`` [in_features], ``norm_eps``: x is norm_weight * x / sqrt(mean(x^2) + norm_eps)
   (RMSNorm, arXiv 1910.07467, equation 4);

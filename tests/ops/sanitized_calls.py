@@ -15,6 +15,9 @@ SHAPES = [(136, 512), (33, 77)]
 SHARED = (11000, 2048)
 # Enough 2-bit weights to be multiplied by counting bits.
 COUNTED = (6150, 4096)
+# Of which an H200 has two blocks a multiprocessor, and of which two blocks share each tile.
+NARROW = (2200, 512)
+HALVED = (40, 8200)
 
 
 def end_amid_a_chunk(tensors: dict[str, torch.Tensor]) -> None:
@@ -78,6 +81,9 @@ def main(batches: list[int]) -> None:
         call(batches, shape, 4, 0.05, "bf16", hostile=True)
     if 1 in batches:
         call([1], COUNTED, 2, 0.005, "bf16")
+        for bits in (2, 3, 4):
+            call([1], NARROW, bits, 0.02, "bf16")
+            call([1], HALVED, bits, 0.005, "bf16")
         for bits in (2, 3, 4):
             call_group(bits, 0.0)
             call_group(bits, 0.05)

@@ -31,6 +31,14 @@ def selection(rows: int, columns: int, bits: int, seed: int) -> tuple[dict[str, 
     return tensors, chosen.cuda()
 
 
+def normalized(x: Tensor, weight: Tensor) -> Tensor:
+    """x after a norm, rounded where the kernels do: with bf16 the scale comes last."""
+    if x.dtype != torch.bfloat16 or torch.cuda.get_device_capability()[0] < 9:
+        return reference.rms_norm(x, weight, EPS)
+    scale = (x.double().square().mean() + EPS).rsqrt()
+    return ((x * weight).double() * scale).to(x.dtype)
+
+
 def random(columns: int, dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, columns, generator=generator).to(dtype).cuda()
@@ -58,9 +66,8 @@ def test_a_norm_before(bits: int, dtype: str, columns: int, rows: int) -> None:
     made = [selection(rows, columns, bits, seed) for seed in (0, 1)]
     poison(rows, x.dtype)
     results = call(x, [tensors for tensors, _ in made], bits, norm_weight=weight, norm_eps=EPS)
-    normalized = reference.rms_norm(x, weight, EPS)
     for y, (_, chosen) in zip(results, made, strict=True):
-        assert_steps(y, normalized, chosen)
+        assert_steps(y, normalized(x, weight), chosen)
 
 
 @pytest.mark.parametrize(("columns", "rows"), COLUMNS)
@@ -140,7 +147,9 @@ def test_tensors_that_are_not_contiguous_or_aligned() -> None:
     odd = {"norm_weight": norm_weight[1:], "norm_eps": EPS}
     even = {"norm_weight": norm_weight[1:].clone(), "norm_eps": EPS}
     (y,), (expected,) = call(x, [weight], 4, **odd), call(x, [weight], 4, **even)
-    torch.testing.assert_close(y, expected, rtol=2**-7, atol=1e-2)
+    # Other kernels, which round otherwise.
+    atol = 4 * ROUNDING[x.dtype][0] * float(expected.abs().max())
+    torch.testing.assert_close(y, expected, rtol=0, atol=atol)
     spread = torch.stack([x, x], -1)[..., 0]
     (y,), (expected,) = call(x, [weight], 4, factor=spread), call(x, [weight], 4, factor=x)
     assert torch.equal(y, expected)

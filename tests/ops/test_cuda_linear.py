@@ -72,6 +72,22 @@ def test_small_batches_of_many_rows(bits: int, sparse: bool) -> None:
             assert_close(linear(x[:batch], weight), x[:batch], weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", FUSED_BITS)
+def test_tiles_that_blocks_share(bits: int, dtype: str) -> None:
+    """On an H200, three tiles for some two blocks, and two for others; the last one cut short."""
+    weight = make_weight(
+        2200, 8200, bits, density=0.004, empty_rows=True, full_row=True, table_dtype=dtype
+    )
+    x = make_x(8, 8200, dtype)
+    bias = torch.linspace(-1, 1, 2200)
+    for batch in (1, 2, 3, 8):
+        y = linear(x[:batch], weight, bias)
+        assert_close(y, x[:batch], weight, bias.double().numpy())
+        again = [linear(x[:batch], weight, bias) for _ in range(20)]
+        assert all(torch.equal(y, other) for other in again)
+
+
 @pytest.mark.parametrize(("rows", "dtype"), [(11000, "bf16"), (10997, "fp16")])
 @pytest.mark.parametrize("bits", FUSED_BITS)
 def test_larger_batches_of_many_rows(bits: int, rows: int, dtype: str) -> None:
