@@ -81,14 +81,19 @@ __device__ __forceinline__ void arrive_expecting(uint64_t& barrier, uint32_t byt
                : "memory");
 }
 
-__device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;}" ::"r"(shared_address(&barrier)),
-      "r"(parity)
-      : "memory");
+// Of a wait for what other threads did before they arrived: those of the block, or of its cluster (".acquire.cluster").
+#define SQUEEZELLM_HF_WAIT(scope)         \
+  "{.reg .pred done;\n"                   \
+  "again: mbarrier.try_wait.parity" scope \
+  ".shared::cta.b64 done, [%0], %1;\n"    \
+  "@!done bra again;}"
+
+// wait() for a barrier whose address in shared memory is at hand.
+__device__ __forceinline__ void wait_at(uint32_t barrier, uint32_t parity) {
+  asm volatile(SQUEEZELLM_HF_WAIT("")::"r"(barrier), "r"(parity) : "memory");
 }
+
+__device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) { wait_at(shared_address(&barrier), parity); }
 
 #endif
 

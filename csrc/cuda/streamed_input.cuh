@@ -75,8 +75,11 @@ class Input {
     const auto* source = static_cast<const uint4*>(call_.x);
     const auto* factor = static_cast<const uint4*>(fusion_.factor);
     if (fusion_.norm_weight != nullptr) {
-      if constexpr (kScalesSums<T>) return load_weighted(source, all_read);
-      return load_normalized(source, all_read);
+      if constexpr (kScalesSums<T>) {
+        return load_weighted(source, all_read);
+      } else {
+        return load_normalized(source, all_read);
+      }
     }
     wait_for_previous_kernel();
     if (factor == nullptr) {

@@ -15,8 +15,8 @@ int block_memory(const LinearCall& call) {
   return (call.shared_memory + kReserved) / Duties<kWarps>::kBlocks - kReserved;
 }
 
-// Of a row with few ends of tiles to cover, of which half takes longer than a cluster's start.
-constexpr int kLongRow = 8192;
+// Beyond these a row has few ends of tiles to cover, and half of it takes longer than a cluster's start.
+constexpr int kManyColumns = 8192;
 
 // Whether two blocks a multiprocessor are faster than one. While one of them ends a tile, or waits for a sparse
 // part, the other goes on; but a tile takes each of them twice as long, and the last tiles may leave many idle.
@@ -24,7 +24,7 @@ inline bool prefers_narrow(const LinearCall& call, int tiles) {
   const auto rounds = [&](int blocks) { return (tiles + blocks - 1) / blocks; };
   // Of the other's time; measured.
   const int percent = call.weight.crow_indices == nullptr ? 110 : call.weight.bits == 2 ? 125 : 100;
-  return call.weight.in_features <= kLongRow &&
+  return call.weight.in_features <= kManyColumns &&
          2 * rounds(2 * call.multiprocessors) * 100 <= rounds(call.multiprocessors) * percent;
 }
 
@@ -57,7 +57,7 @@ inline cudaError_t map_weight(const LutWeight& weight, CUtensorMap& map) {
 // Whether an odd number of tiles, for each two blocks, is the most that any have (Work).
 inline bool shares_tiles(const LinearCall& call, int tiles, int blocks) {
   const int pairs = blocks / 2;
-  return call.weight.in_features > kLongRow && blocks % 2 == 0 && (tiles + pairs - 1) / pairs % 2 == 1;
+  return call.weight.in_features > kManyColumns && blocks % 2 == 0 && (tiles + pairs - 1) / pairs % 2 == 1;
 }
 
 // Launches kernel(plan, call, weights), which goes through `tiles` tiles, to overlap the previous one's end.

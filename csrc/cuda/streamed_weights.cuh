@@ -7,7 +7,7 @@
 #include <climits>
 #include <cstddef>
 
-#include "streamed_layout.cuh"
+#include "streamed_work.cuh"
 
 namespace squeezellm_hf::cuda::streamed {
 

@@ -46,16 +46,7 @@ inline cudaError_t make_tensor_map(const TiledMatrix& matrix, CUtensorMap& map) 
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// wait() and arrive() for a barrier whose address in shared memory is at hand.
-__device__ __forceinline__ void wait_at(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
+// arrive() at a barrier whose address in shared memory is at hand.
 __device__ __forceinline__ void arrive_at(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -132,12 +123,7 @@ __device__ __forceinline__ void arrive_in_block(uint32_t barrier) {
 
 // wait() for what other blocks stored.
 __device__ __forceinline__ void wait_for_cluster(uint64_t& barrier, uint32_t parity) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;}" ::"r"(shared_address(&barrier)),
-      "r"(parity)
-      : "memory");
+  asm volatile(SQUEEZELLM_HF_WAIT(".acquire.cluster")::"r"(shared_address(&barrier)), "r"(parity) : "memory");
 }
 
 __device__ __forceinline__ float4 load_from_block(uint32_t address) {

@@ -29,11 +29,17 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * x32.to(x.dtype)
 
 
+def traced(function: Function, *args: Tensor) -> GraphModule:
+    """The graph, as Inductor's passes meet it."""
+    with torch.no_grad():
+        module: GraphModule = make_fx(function, decomposition_table=select_decomp_table())(*args)
+    return module
+
+
 def fused(function: Function, *args: Tensor) -> tuple[list[set[str]], GraphModule]:
     """The steps of each quantized call of the graph, whose results are checked; and the graph."""
-    decompositions = select_decomp_table()
+    module = traced(function, *args)
     with torch.no_grad():
-        module = make_fx(function, decomposition_table=decompositions)(*args)
         grouping.GroupLinears(lambda x: True)(module.graph)
         module.graph.lint()
         module.recompile()
@@ -230,12 +236,7 @@ def test_other_widths_are_left(x: Tensor, weight: Tensor) -> None:
 
 def test_calls_with_an_x_that_does_not_suit_are_left(x: Tensor, weight: Tensor) -> None:
     a = layer(SIZE)
-
-    def function(x: Tensor, weight: Tensor) -> Tensor:
-        return x + a(rms_norm(x, weight))
-
-    with torch.no_grad():
-        module = make_fx(function, decomposition_table=select_decomp_table())(x, weight)
+    module = traced(lambda x, weight: x + a(rms_norm(x, weight)), x, weight)
     before = targets(module)
     grouping.GroupLinears(lambda x: False)(module.graph)
     assert targets(module) == before
@@ -278,12 +279,7 @@ def test_nothing_moves_across_what_is_written_in_place(x: Tensor, weight: Tensor
 
 def test_what_runs_on_other_streams_is_left(x: Tensor, weight: Tensor) -> None:
     a = layer(SIZE)
-
-    def function(x: Tensor, weight: Tensor) -> Tensor:
-        return x + a(rms_norm(x, weight))
-
-    with torch.no_grad():
-        module = make_fx(function, decomposition_table=select_decomp_table())(x, weight)
+    module = traced(lambda x, weight: x + a(rms_norm(x, weight)), x, weight)
     for node in module.graph.nodes:
         if "lut_linear" in str(node.target):
             node.meta["custom"] = {"stream": 1}
